@@ -1,0 +1,127 @@
+"""Where files go, and how they get there whole.
+
+What: the cache folder (XDG), folder checks before work starts, and writing beside-then-renaming.
+Constraint: nobody ever finds a half-written folder under its final name, whatever stopped us.
+Trade-off: while a folder is replaced both copies are on the disk for a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from finegraft.core.errors import StorageError
+
+
+def cache_dir() -> Path:
+    """Return finegraft's cache folder, ``$XDG_CACHE_HOME/finegraft`` or ``~/.cache/finegraft``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "finegraft"
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """Turn an operating-system error about ``path`` into one that says what to do.
+
+    Codes: FG-DISK-001 no space, FG-DISK-002 not writable, FG-DISK-003 anything else.
+    """
+    free = ""
+    with contextlib.suppress(OSError):
+        anchor = next(p for p in (path, *path.absolute().parents) if p.exists())
+        free = f" ({shutil.disk_usage(anchor).free / 1e6:,.1f} MB free)"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StorageError(
+            "FG-DISK-001",
+            f"the disk is full while writing {path}{free}",
+            fix="free some space or pass --output with a folder on another disk; "
+            "nothing half-written was left",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return StorageError(
+            "FG-DISK-002",
+            f"cannot write to {path}: {os.strerror(error.errno)}",
+            allowed="a folder that you may write to",
+            fix="pass --output with another folder, or change the permissions of this one",
+        )
+    return StorageError("FG-DISK-003", f"writing {path} failed: {error}", fix="see the reason above")
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` and prove that files can be written in it.
+
+    Raises:
+        StorageError: FG-DISK-001 to FG-DISK-003.
+    """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        try:
+            probe.write_bytes(b"finegraft")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise storage_error(error, folder) from error
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``final`` that takes its name when the block ends well.
+
+    An existing ``final`` is replaced only then; on any error the new folder is removed and the old
+    one stands untouched.
+    """
+    final = Path(final)
+    beside = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        _sync(beside)
+        replace_folder(beside, final)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, StorageError):
+            raise
+        raise storage_error(error, final) from error
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Give ``new`` the name ``final``, moving an older ``final`` out of the way first."""
+    old = None
+    if final.exists():
+        old = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.old"
+        final.rename(old)
+    new.rename(final)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never half."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with open(beside, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise storage_error(error, path) from error
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())

@@ -1,0 +1,196 @@
+"""One schema for a training run: YAML, flags, ``--set`` and docs all come from it.
+
+What: ``TrainConfig``, whose keys carry the trainer's own names. How: pydantic with
+``extra="forbid"``; every problem of a file is reported at once, unknown keys with a near name.
+Constraint: a default stands here and nowhere else. Trade-off: one flat namespace instead of nested
+sections, so that ``--set learning_rate=1e-4`` and ``--learning-rate 1e-4`` need no path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finegraft.core.errors import ConfigError, did_you_mean
+
+
+def _field(default: Any, help: str, group: str, **limits: Any) -> Any:
+    return Field(default, description=help, json_schema_extra={"group": group}, **limits)
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a training run. Lengths are in tokens, steps are optimizer steps."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+    model: str = _field(..., "hub name, folder, GGUF file, adapter folder, or 'demo'", "model")
+    revision: str | None = _field(None, "branch, tag or commit on the hub", "model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field(
+        "auto", "precision of the frozen weights; auto: bfloat16 where it is native", "model"
+    )
+    load_in_4bit: bool = _field(False, "quantize the base to NF4 while loading (QLoRA)", "model")
+    load_in_8bit: bool = _field(False, "quantize the base to 8 bits while loading", "model")
+    trust_remote_code: bool = _field(False, "run Python code that comes with the model", "model")
+    chat_template: str | None = _field(None, "template to use instead of the model's", "model")
+
+    data: str = _field(..., "file of rows: jsonl, json, csv, tsv, parquet or txt", "data")
+    eval_data: str | None = _field(None, "file of held-out rows", "data")
+    eval_fraction: float = _field(0.0, "share of rows held out for evaluation", "data", ge=0, lt=1)
+    map: dict[str, str] = _field({}, "columns to rename, wanted=found", "data")
+    max_length: int = _field(1024, "longest row; longer ones are cut and counted", "data", ge=8)
+    completion_only_loss: bool | None = _field(
+        None, "learn the answers only; unset: yes where there is an answer", "data"
+    )
+    packing: bool = _field(False, "several rows per sequence, never attending across", "data")
+
+    r: int = _field(16, "LoRA rank; 0 with full_finetuning", "adapter", ge=0)
+    lora_alpha: int = _field(16, "LoRA scale is alpha / r", "adapter", gt=0)
+    lora_dropout: float = _field(0.0, "dropout before the LoRA", "adapter", ge=0, lt=1)
+    target_modules: list[str] | str = _field(
+        "all-linear", "module names that get a LoRA, or all-linear", "adapter"
+    )
+    bias: Literal["none", "all", "lora_only"] = _field("none", "biases to train", "adapter")
+    use_rslora: bool = _field(False, "scale by alpha / sqrt(r)", "adapter")
+    full_finetuning: bool = _field(False, "train every weight, no adapter", "adapter")
+
+    num_train_epochs: float = _field(3.0, "passes over the rows", "training", gt=0)
+    max_steps: int = _field(-1, "steps to stop after; -1: by epochs", "training", ge=-1)
+    per_device_train_batch_size: int = _field(8, "rows a micro-batch", "training", ge=1)
+    per_device_eval_batch_size: int = _field(8, "rows an evaluation batch", "training", ge=1)
+    gradient_accumulation_steps: int = _field(1, "micro-batches a step", "training", ge=1)
+    auto_find_batch_size: bool = _field(False, "halve the batch when memory ends", "training")
+    learning_rate: float = _field(2e-4, "peak learning rate", "training", gt=0)
+    lr_scheduler_type: str = _field("linear", "learning rate schedule", "training")
+    warmup_steps: int = _field(5, "steps to the peak learning rate", "training", ge=0)
+    weight_decay: float = _field(0.0, "decoupled weight decay", "training", ge=0)
+    max_grad_norm: float = _field(1.0, "gradients are clipped to this norm", "training", ge=0)
+    optim: str = _field("adamw_torch_fused", "optimizer, the trainer's names", "training")
+    gradient_checkpointing: bool = _field(False, "recompute to save memory", "training")
+    seed: int = _field(3407, "seed of adapter, order and dropout", "training")
+
+    output: str = _field("runs/run", "the run folder", "run")
+    logging_steps: int = _field(1, "steps between two logged lines", "run", ge=1)
+    save_steps: int = _field(50, "steps between two checkpoints", "run", ge=1)
+    save_total_limit: int = _field(2, "checkpoints kept", "run", ge=1)
+    eval_steps: int = _field(0, "steps between evaluations; 0: each epoch", "run", ge=0)
+    report_to: str = _field("none", "tensorboard, wandb, ... or none", "run")
+    overwrite: bool = _field(False, "replace an existing run folder", "run")
+
+    def to_yaml(self) -> str:
+        """The complete, resolved configuration as YAML that ``from_file`` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def groups() -> dict[str, list[str]]:
+    """Field names by group, in order of the schema: for help texts and docs."""
+    out: dict[str, list[str]] = {}
+    for name, info in TrainConfig.model_fields.items():
+        extra = info.json_schema_extra
+        group = extra.get("group", "other") if isinstance(extra, dict) else "other"
+        out.setdefault(str(group), []).append(name)
+    return out
+
+
+def build(values: dict[str, Any], source: str = "the arguments") -> TrainConfig:
+    """Validate ``values`` and return the configuration.
+
+    Raises:
+        ConfigError: FG-CONF-001 with every problem found in ``source``, one a line.
+    """
+    try:
+        config = TrainConfig.model_validate(values)
+    except ValidationError as error:
+        known = list(TrainConfig.model_fields)
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                problems.append(f"unknown key '{key}', {did_you_mean(key, known)}")
+            elif item["type"] == "missing":
+                problems.append(f"'{key}' is missing ({TrainConfig.model_fields[key].description})")
+            else:
+                problems.append(f"'{key}' is {item['input']!r}: {item['msg']}")
+        raise ConfigError(
+            "FG-CONF-001",
+            f"{source}: " + "; ".join(problems),
+            allowed="the keys that `finegraft train --help` lists",
+            fix="correct the keys named above",
+        ) from None
+    return _consistent(config, source)
+
+
+def _consistent(config: TrainConfig, source: str) -> TrainConfig:
+    """Rules between keys.
+
+    Raises:
+        ConfigError: FG-CONF-002 for rank 0 without full fine-tuning, FG-CONF-003 for two precisions.
+    """
+    if config.r == 0 and not config.full_finetuning:
+        raise ConfigError(
+            "FG-CONF-002",
+            f"{source}: r is 0, which leaves nothing to train",
+            allowed="a rank of at least 1, usually 8, 16 or 32",
+            fix="--r 16, or --full-finetuning to train every weight",
+        )
+    if config.load_in_4bit and config.load_in_8bit:
+        raise ConfigError(
+            "FG-CONF-003",
+            f"{source}: load_in_4bit and load_in_8bit are both set",
+            allowed="one of the two",
+            fix="remove one of them",
+        )
+    return config
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Read ``key=value`` as YAML reads the value; ``lr=1e-4`` gives a float.
+
+    Raises:
+        ConfigError: FG-CONF-004, no equals sign.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            "FG-CONF-004",
+            f"--set got {text!r}",
+            allowed="key=value",
+            fix="for example --set learning_rate=1e-4",
+        )
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, str):
+        try:
+            parsed = float(parsed)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    return key.strip().replace("-", "_"), parsed
+
+
+def from_file(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """Read a YAML file, apply ``overrides`` and validate.
+
+    Raises:
+        ConfigError: FG-CONF-001 to FG-CONF-003; FG-CONF-005 when the file is missing or not YAML.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            "FG-CONF-005",
+            f"cannot read {path}: {error.strerror}",
+            fix="pass the path of a YAML file, or --model and --data instead",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "FG-CONF-005", f"{path} is not YAML: {error}", fix="correct the line named above"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            "FG-CONF-005",
+            f"{path} holds {type(values).__name__}, not keys with values",
+            fix="write one 'key: value' a line, starting with model: and data:",
+        )
+    return build({**values, **(overrides or {})}, str(path))
