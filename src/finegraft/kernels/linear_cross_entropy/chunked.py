@@ -1,0 +1,104 @@
+"""Cross-entropy of a linear head without its logits.
+
+What: loss and gradients chunk by chunk, so that the [n, v] logits never exist. How: each chunk's
+softmax is turned into its gradient in place and multiplied back at once; backward only scales.
+Constraint: gradients are computed only for inputs that ask for one, none in evaluation.
+Trade-off: the work of backward happens in forward, which a caller that never calls backward pays.
+
+Shapes: n labelled rows, c rows of a chunk, d hidden, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# 2**23 float32 logits are 32 MB: small enough to stay near the cache, large enough that reading
+# the head's weights once a chunk (57 MB for 49k x 576 in bf16) is a third of the product's time.
+_CHUNK_ELEMENTS = 1 << 23
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: float | torch.Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> torch.Tensor:
+    """Same contract as the reference; differentiable in ``hidden`` and ``weight``."""
+    loss: torch.Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, labels, num_items, softcap, logit_scale
+    )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        num_items: float | torch.Tensor,
+        softcap: float | None,
+        logit_scale: float,
+    ) -> torch.Tensor:
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if want_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
+        total = torch.zeros((), dtype=accumulate, device=hidden.device)
+        rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            h, y = hidden[start : start + rows], labels[start : start + rows]
+            logits = (h @ weight.t()).to(accumulate)  # [c, v]
+            if logit_scale != 1.0:
+                logits.mul_(logit_scale)
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            lse = torch.logsumexp(logits, -1, keepdim=True)  # [c, 1]
+            total += (lse.squeeze(-1) - logits.gather(1, y[:, None]).squeeze(-1)).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = _softmax_gradient(logits, lse, y, softcap, logit_scale).to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[start : start + rows])
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.t().to(accumulate), h.to(accumulate))
+        ctx.num_items = num_items
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return total / num_items
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (d_loss,) = grads
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = d_loss / ctx.num_items
+        if d_hidden is not None:
+            d_hidden = (d_hidden * scale).to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * scale).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None, None
+
+
+def _softmax_gradient(
+    logits: torch.Tensor,
+    lse: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> torch.Tensor:
+    """Turn ``logits`` [c, v] into d loss / d (hidden @ weight.T), in place where it can be."""
+    slope = None
+    if softcap is not None:
+        slope = 1.0 - (logits / softcap).square_()  # d tanh
+    grad = logits.sub_(lse).exp_()
+    grad.scatter_add_(1, labels[:, None], grad.new_full((labels.shape[0], 1), -1.0))
+    if slope is not None:
+        grad.mul_(slope)
+    if logit_scale != 1.0:
+        grad.mul_(logit_scale)
+    return grad

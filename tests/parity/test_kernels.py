@@ -1,0 +1,71 @@
+"""Every kernel against its plain-torch twin in float64: the output and every gradient.
+
+Our error in float32 and bfloat16 is at most twice the error that the reference itself makes in the
+same precision, plus one rounding step of the largest value.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finegraft.core.registry import Registry
+from finegraft.kernels._contract import Case, Op
+
+KERNELS: Registry[Op] = Registry("finegraft.kernels", "OP", "kernel")
+CASES = [
+    pytest.param(op, name, case, id=f"{op_name}-{name}-{case.label}")
+    for op_name, op in KERNELS.items()
+    for name in op.implementations
+    for case in op.cases()
+]
+
+
+def run(function, case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    inputs = {}
+    for name, value in case.inputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = value.to(dtype).clone().requires_grad_(name in case.grads)
+        inputs[name] = value
+    out = function(**inputs)
+    seed = torch.Generator().manual_seed(3)
+    # Rounded to bfloat16 first: the same direction in every precision.
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=seed).bfloat16()
+    out.backward(direction.to(out.dtype))
+    found = {name: inputs[name].grad for name in case.grads}
+    assert all(grad is not None for grad in found.values())
+    return {"output": out.detach(), **found}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "implementation", "case"), CASES)
+def test_output_and_every_gradient(op, implementation, case, dtype):
+    # The truth is computed from the inputs as that precision sees them, so that only the
+    # arithmetic is judged and not the rounding of the inputs.
+    rounded = Case(
+        case.label,
+        {
+            k: v.to(dtype).double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in case.inputs.items()
+        },
+        case.grads,
+    )
+    truth = run(op.reference, rounded, torch.float64)
+    stock = run(op.reference, rounded, dtype)
+    ours = run(op.implementations[implementation], rounded, dtype)
+    for name, exact in truth.items():
+        # In float64 the reference is the truth itself, so sums in another order need some room.
+        steps = 64 if dtype == torch.float64 else 1
+        rounding = steps * torch.finfo(dtype).eps * exact.abs().max()
+        allowed = 2 * (stock[name].double() - exact).abs().max() + rounding
+        error = (ours[name].double() - exact).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def test_linear_cross_entropy_computes_no_gradient_in_evaluation():
+    op = KERNELS.get("linear_cross_entropy")
+    case = next(iter(op.cases()))
+    with torch.no_grad():
+        loss = op.implementations["chunked"](**case.inputs)
+    assert loss.grad_fn is None
+    torch.testing.assert_close(loss, op.reference(**case.inputs))
