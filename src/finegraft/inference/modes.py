@@ -1,0 +1,115 @@
+"""Switch one model between answering and learning.
+
+What: ``for_inference`` and ``for_training``, the pair that Unsloth's scripts call, and
+``answering``, eval mode for a block. How: what is changed is written down (training flag of every
+module, ``use_cache`` of every configuration, checkpointing of every block) and put back from that
+record, so a module that somebody froze in eval mode stays there. Constraint: no weight is touched,
+nothing is merged. Trade-off: the record lives beside the model, not on it, so a deep copy starts
+without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What ``for_inference`` changed, in the order in which it is put back."""
+
+    was_training: bool
+    training: list[nn.Module]
+    evaluating: list[nn.Module]
+    checkpointed: list[nn.Module]
+    use_cache: list[tuple[Any, bool]]
+
+
+_records: WeakKeyDictionary[nn.Module, _Record] = WeakKeyDictionary()
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every distinct configuration that carries ``use_cache``, the generation one included."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            config = getattr(module, name, None)
+            if isinstance(getattr(config, "use_cache", None), bool):
+                found[id(config)] = config
+    return list(found.values())
+
+
+def _set_flags(modules: list[nn.Module], training: bool) -> None:
+    for module in modules:  # module.train() would reach into the children, whose flags may differ
+        module.training = training
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """Put ``model`` in eval mode with its cache on and checkpointing off. Twice is fine.
+
+    Args:
+        model: Any ``nn.Module``; an adapter may be attached.
+
+    Returns:
+        The same model.
+    """
+    if model in _records:
+        model.eval()
+        return model
+    modules = list(model.modules())
+    configs = _configs(model)
+    _records[model] = _Record(
+        was_training=model.training,
+        training=[m for m in modules if m.training],
+        evaluating=[m for m in modules if not m.training],
+        checkpointed=[m for m in modules if getattr(m, "gradient_checkpointing", None) is True],
+        use_cache=[(config, config.use_cache) for config in configs],
+    )
+    for module in _records[model].checkpointed:
+        module.gradient_checkpointing = False
+    for config in configs:
+        config.use_cache = True
+    model.eval()
+    return model
+
+
+def for_training(model: nn.Module) -> nn.Module:
+    """Put back what ``for_inference`` changed and leave ``model`` in training mode. Twice is fine.
+
+    A model that was already in eval mode as a whole has no training flags worth restoring: every
+    module of it is put in training mode.
+
+    Args:
+        model: The model that was given to ``for_inference``, or any other.
+
+    Returns:
+        The same model.
+    """
+    record = _records.pop(model, None)
+    if record is not None:
+        for module in record.checkpointed:
+            module.gradient_checkpointing = True
+        for config, value in record.use_cache:
+            config.use_cache = value
+        if record.was_training:
+            _set_flags(record.training, True)
+            _set_flags(record.evaluating, False)
+    if not model.training:
+        model.train()
+    return model
+
+
+@contextlib.contextmanager
+def answering(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode for a block; every module's own training flag is back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        _set_flags(training, True)
