@@ -60,7 +60,7 @@ class HubServer:
 
 
 def client_env(endpoint: str, home: Path, **extra: str) -> dict[str, str]:
-    """The environment of a subprocess whose hub is ``endpoint`` and whose caches are in ``home``."""
+    """The environment of a subprocess with its hub at ``endpoint`` and its caches in ``home``."""
     dropped = ("HF_", "HUGGING", "XDG_CACHE_HOME", "TRANSFORMERS_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     return {

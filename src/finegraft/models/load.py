@@ -30,6 +30,9 @@ _CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
 }
 
+# what transformers raises on files that hold something else than it expects
+_LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError)
+
 
 def _bad_config(path: Path, reason: str, fix: str) -> ModelError:
     return ModelError(
@@ -51,6 +54,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
         ModelError: FG-MODEL-008 missing, not JSON or of an unknown type; FG-MODEL-009 the model
             brings its own code and ``trust_remote_code`` is off.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     file = Path(path) / "config.json"
@@ -75,8 +79,8 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
             )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
-        raise _bad_config(file, f"{error}", again) from error
+    except (StrictDataclassError, *_LIBRARY_ERRORS) as error:
+        raise _bad_config(file, " ".join(str(error).split()), again) from error
 
 
 def _needs_code(path: Path, kind: str) -> ModelError:
@@ -105,7 +109,7 @@ def load_tokenizer(
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except _LIBRARY_ERRORS as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             "FG-MODEL-005",
@@ -305,10 +309,13 @@ def _require_complete(
     absent = sorted({*report["missing_keys"], *mismatched})
     lacking = [name for name in absent if not may_be_new(name)]
     if lacking:
-        raise weights.damaged(
-            path,
-            f"{len(lacking)} weights of {type(model).__name__} are not in it or of another shape, "
-            f"{', '.join(lacking[:3])} for instance; they would have been random",
+        raise ModelError(
+            "FG-MODEL-005",
+            f"{path}: {len(lacking)} weights of {type(model).__name__} are not in it or of another "
+            f"shape, {', '.join(lacking[:3])} for instance; they would have been random",
+            allowed="weights for every layer of the model",
+            fix="fetch or save the model again"
+            + ("" if classify else "; to classify with an encoder, use FastClassifier"),
         )
     if absent:
         log.info("new, to be trained: %s", ", ".join(absent))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 from finegraft.core.errors import ModelError
@@ -21,6 +22,8 @@ _CANDIDATES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# how torch's restricted unpickler says that a pickle asks for more than tensors
+_CODE = re.compile(r"GLOBAL (\S+)|allowlisted|unrecognized function")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -72,10 +75,10 @@ def check_pickle(path: Path) -> None:
             # files from before torch 1.6 are no zip archives and cannot be mapped
             torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported" not in reason:
+        code = _CODE.search(str(error))
+        if code is None:
             raise damaged(path, "it is not a readable checkpoint") from error
-        named = reason[reason.index("Unsupported") :].split(". ")[0]
+        named = f"it names {code[1]}" if code[1] else "it builds objects"
         raise ModelError(
             "FG-MODEL-007",
             f"{path} holds more than tensors and was not loaded ({named})",
