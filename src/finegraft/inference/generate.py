@@ -24,15 +24,15 @@ import torch
 
 from finegraft.core.errors import ConfigError, DataError
 from finegraft.data.conversation import Message
-from finegraft.data.render import render_prompt
+from finegraft.data.render import render_prompt, stop_token_ids
 from finegraft.inference.modes import answering
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the generation configuration's and the tokenizer's."""
+    """The tokens that end an answer: the generation configuration's and the template's."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
-    return sorted({i for i in (*named, tokenizer.eos_token_id) if i is not None})
+    return sorted({i for i in (*named, *stop_token_ids(tokenizer)) if i is not None})
 
 
 def _pad_id(tokenizer: Any, stops: list[int]) -> int:
