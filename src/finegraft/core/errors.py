@@ -23,7 +23,9 @@ class FinegraftError(Exception):
         fix: The argument or command that cures it.
     """
 
-    def __init__(self, code: str, found: str, *, allowed: str | None = None, fix: str | None = None):
+    def __init__(
+        self, code: str, found: str, *, allowed: str | None = None, fix: str | None = None
+    ):
         self.code = code
         self.found = found
         self.allowed = allowed

@@ -47,7 +47,9 @@ def storage_error(error: OSError, path: Path) -> StorageError:
             allowed="a folder that you may write to",
             fix="pass --output with another folder, or change the permissions of this one",
         )
-    return StorageError("FG-DISK-003", f"writing {path} failed: {error}", fix="see the reason above")
+    return StorageError(
+        "FG-DISK-003", f"writing {path} failed: {error}", fix="see the reason above"
+    )
 
 
 def require_writable(folder: Path) -> None:

@@ -8,6 +8,7 @@ sections, so that ``--set learning_rate=1e-4`` and ``--learning-rate 1e-4`` need
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ def _consistent(config: TrainConfig, source: str) -> TrainConfig:
     """Rules between keys.
 
     Raises:
-        ConfigError: FG-CONF-002 for rank 0 without full fine-tuning, FG-CONF-003 for two precisions.
+        ConfigError: FG-CONF-002 rank 0 without full fine-tuning, FG-CONF-003 two precisions.
     """
     if config.r == 0 and not config.full_finetuning:
         raise ConfigError(
@@ -161,10 +162,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         )
     parsed = yaml.safe_load(value)
     if isinstance(parsed, str):
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            pass
     return key.strip().replace("-", "_"), parsed
 
 

@@ -1,0 +1,174 @@
+"""LoRA: low-rank updates beside frozen linear layers (arXiv:2106.09685).
+
+What: peft's LoRA with its config, its directories and its module names; its plain linear layers
+run our fused function. How: ``FastLoraLinear`` is set as the class of each injected instance.
+Constraint: whatever the fused function does not reproduce exactly (DoRA, dropout in training,
+several active adapters, merged or disabled adapters, quantized bases) takes peft's own path in the
+same call. Trade-off: those checks cost 2 us a call.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from finegraft.adapters._contract import Method
+from finegraft.core.errors import AdapterError, did_you_mean
+from finegraft.kernels.lora_linear import lora_linear
+from finegraft.models import swap
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+
+
+class FastLoraLinear(LoraLinear):
+    """peft's LoRA linear whose plain case is one autograd function."""
+
+    stock_class = LoraLinear
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Same result as peft's layer; see ``refusal`` for what is left to it."""
+        if args or kwargs or self.refusal(x) is not None:
+            return super().forward(x, *args, **kwargs)
+        name = self.active_adapters[0]
+        base = self.base_layer
+        return lora_linear(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+        )
+
+    def refusal(self, x: torch.Tensor | None = None) -> str | None:
+        """Return why this call takes peft's path, or None when it is fast."""
+        active = self.active_adapters
+        if self.disable_adapters or self.merged or len(active) != 1:
+            return "disabled, merged or several adapters"
+        name = active[0]
+        if name not in self.lora_A or name in self.lora_variant:
+            return "a LoRA variant"
+        if self.lora_bias.get(name):
+            return "a LoRA with bias"
+        base = self.base_layer
+        if type(base) is not nn.Linear or base.weight.requires_grad:
+            return "the base is quantized, adapted again or trained"
+        if base.bias is not None and base.bias.requires_grad:
+            return "the base bias is trained"
+        if self.training and getattr(self.lora_dropout[name], "p", 0.0) > 0.0:
+            return "dropout in training"
+        if x is not None and (x.dtype != base.weight.dtype or _autocast_to(x) is not None):
+            return "mixed precision"
+        return None
+
+    def extra_repr(self) -> str:
+        """Show peft's own options and whether the fused path is taken."""
+        reason = self.refusal()
+        return ", ".join(filter(None, [super().extra_repr(), f"fused={reason or True}"]))
+
+
+def _autocast_to(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast would compute ``x`` in, if that is another one."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return None
+    wanted = torch.get_autocast_dtype(kind)
+    return None if wanted == x.dtype else wanted
+
+
+def accelerate(model: nn.Module) -> int:
+    """Swap every plain LoRA linear of ``model`` to ``FastLoraLinear``; return how many are fast."""
+    return sum(
+        swap.swap(module, FastLoraLinear)
+        for module in model.modules()
+        if type(module) in (LoraLinear, FastLoraLinear)
+    )
+
+
+def linear_names(model: nn.Module) -> dict[str, int]:
+    """Last name parts of the linear layers that can take a LoRA, with how many there are."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if _is_linear(module) and module is not head:
+            last = name.rsplit(".", 1)[-1]
+            counts[last] = counts.get(last, 0) + 1
+    return counts
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):  # bitsandbytes' quantized linears are subclasses
+        return True
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def check_targets(model: nn.Module, targets: list[str] | str) -> None:
+    """Prove that every target names at least one module.
+
+    Raises:
+        AdapterError: FG-ADAPT-001 with the model's own linear layers.
+    """
+    if isinstance(targets, str):
+        return  # all-linear, or a regular expression that peft checks
+    every = [name for name, _ in model.named_modules()]
+    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in every)]
+    if missing:
+        known = linear_names(model)
+        raise AdapterError(
+            "FG-ADAPT-001",
+            f"target_modules names {', '.join(map(repr, missing))}, which this "
+            f"{type(model).__name__} does not have",
+            allowed=", ".join(f"{name} ({count})" for name, count in known.items()),
+            fix=f"{did_you_mean(missing[0], known)} Or pass target_modules='{ALL_LINEAR}'",
+        )
+
+
+def attach(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    target_modules: list[str] | str | None = ALL_LINEAR,
+    task_type: str = "CAUSAL_LM",
+    adapter_name: str = "default",
+    **settings: Any,
+) -> nn.Module:
+    """Return ``model`` wrapped by peft with a new LoRA whose plain layers are fast.
+
+    Args:
+        r: Rank, at least 1.
+        target_modules: Names, a regular expression, or ``all-linear``.
+        settings: Further fields of peft's ``LoraConfig``.
+
+    Raises:
+        AdapterError: FG-ADAPT-001 unknown target, FG-ADAPT-002 rank below 1, FG-ADAPT-004 a
+            value that peft refuses.
+    """
+    if r < 1:
+        raise AdapterError(
+            "FG-ADAPT-002",
+            f"rank r={r}",
+            allowed="a whole number of at least 1, usually 8, 16 or 32",
+            fix="pass r=16",
+        )
+    targets = list(target_modules) if isinstance(target_modules, tuple | set) else target_modules
+    targets = targets or ALL_LINEAR
+    check_targets(model, targets)
+    try:
+        config = LoraConfig(r=r, target_modules=targets, task_type=TaskType(task_type), **settings)
+        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(
+            "FG-ADAPT-004", f"peft refuses these LoRA settings: {error}", fix="see the reason above"
+        ) from error
+    accelerate(wrapped)
+    return wrapped
+
+
+METHOD = Method(attach=attach, accelerate=accelerate, not_mergeable=None)

@@ -1,0 +1,156 @@
+"""Give a causal language model our loss: labelled rows only, never the full logits.
+
+What: a subclass of the model's own class whose ``forward(labels=...)`` ends in the compact linear
+cross-entropy. How: made once per stock class and set on the instance by ``swap``. Constraint: a
+model whose logits are more than head(hidden) is noticed by a probe of four tokens and refused.
+Trade-off: in training the output has no logits; ask without labels, or in eval mode, to get them.
+
+Shapes: b rows, t tokens, d hidden, v vocabulary, n labelled positions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from finegraft.kernels.linear_cross_entropy import linear_cross_entropy
+from finegraft.models import swap
+
+_WANTS_MORE = ("output_hidden_states", "output_attentions", "past_key_values", "use_kernels")
+
+
+class CompactLoss:
+    """Mixed into a stock causal model; ``stock_class`` is set on the class made from it."""
+
+    stock_class: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock forward, except that with labels the loss is computed without the logits.
+
+        In eval mode the stock logits are computed as well, unless ``loss_only=True``.
+        """
+        loss_only = kwargs.pop("loss_only", self.training)
+        if args:
+            names = list(inspect.signature(self.stock_class.forward).parameters)[1:]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        labels = kwargs.get("labels")
+        if labels is None or not loss_only or any(kwargs.get(name) for name in _WANTS_MORE):
+            return super().forward(**kwargs)
+        kwargs.pop("labels")
+        num_items = kwargs.pop("num_items_in_batch", None)
+        kwargs.pop("logits_to_keep", None)
+        kwargs.pop("return_dict", None)
+        hidden = getattr(self, self.base_model_prefix)(**kwargs)[0]  # [b, t, d]
+        return CausalLMOutputWithPast(loss=compact_loss(self, hidden, labels, num_items))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save under the stock class, whose name is what ``config.json`` must carry."""
+        with swap.stock(self):
+            return self.save_pretrained(*args, **kwargs)
+
+
+def compact_loss(
+    model: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: float | torch.Tensor | None,
+) -> torch.Tensor:
+    """Next-token cross-entropy of ``hidden`` at the labelled positions.
+
+    Args:
+        model: Has ``get_output_embeddings`` and a transformers config.
+        hidden: [b, t, d].
+        labels: [b, t], -100 where nothing is learnt; shifted here.
+        num_items: Labelled tokens of the whole step; None: those of this batch.
+
+    Returns:
+        Scalar; exactly zero, with a gradient of zero, when no position carries a label.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    where = (targets != -100).nonzero().squeeze(-1)  # [n]
+    if where.numel() == 0:
+        return hidden.sum() * 0.0
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, where)  # [n, d]
+    targets = targets.index_select(0, where)
+    if num_items is None:
+        num_items = float(where.numel())
+    softcap, scale = _logit_transform(model.config.get_text_config())
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None and head.weight.dtype == rows.dtype:
+        return linear_cross_entropy(rows, head.weight, targets, num_items, softcap, scale)
+    logits = head(rows).float() * scale  # an adapted, trained or quantized head
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction="sum") / num_items
+
+
+def _logit_transform(config: Any) -> tuple[float | None, float]:
+    """Soft-cap and factor that families put on their logits (Gemma 2; Cohere, Granite)."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return getattr(config, "final_logit_softcapping", None), scale / divisor
+
+
+@functools.cache
+def fast_class(stock_class: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that adds the compact loss to ``stock_class``."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return CompactLoss.forward(self, *args, **kwargs)
+
+    # Trainer reads the signature to find label and loss arguments, so ours shows the stock one.
+    forward.__signature__ = inspect.signature(stock_class.forward)  # type: ignore[attr-defined]
+    body = {"stock_class": stock_class, "forward": forward, "__module__": __name__}
+    return type(f"Fast{stock_class.__name__}", (CompactLoss, stock_class), body)
+
+
+def apply(model: nn.Module) -> bool:
+    """Swap the causal model inside ``model`` (itself, or what peft wraps); True when it is fast."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if swap.is_swapped(core):
+        return True
+    reason = _reason_against(core)
+    if reason is not None:
+        swap.refuse(core, reason)
+        return False
+    return swap.swap(core, fast_class(type(core)))
+
+
+def _reason_against(model: nn.Module) -> str | None:
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not hasattr(model, prefix) or not hasattr(model, "get_output_embeddings"):
+        return "not a causal language model with one decoder and one head"
+    if model.get_output_embeddings() is None:
+        return "it has no output head"
+    if hasattr(model, "router_aux_loss_coef"):
+        return "its loss has a router term besides cross-entropy"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "its weights are not in memory"
+    return _probe(model)
+
+
+@torch.no_grad()
+def _probe(model: nn.Module) -> str | None:
+    """Compare our loss with the stock one on four tokens; a reason when they differ."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        device = model.get_input_embeddings().weight.device
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = torch.tensor([[5, 11, 3, 7]], device=device) % vocabulary
+        expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+        hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)[0]
+        ours = compact_loss(model, hidden, ids, None)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
+    if not torch.allclose(ours.float(), expected.float(), rtol=tolerance, atol=tolerance):
+        return f"its logits are not head(hidden): loss {ours:.4f} instead of {expected:.4f}"
+    return None

@@ -1,0 +1,253 @@
+"""``SFTTrainer``: trl's trainer with our data path, our loss and whole checkpoints.
+
+What: a subclass of ``trl.SFTTrainer``, so that callbacks, resume and accelerate work as documented
+there. How: rows are rendered by ``data``, the loss comes from the swapped model, keyword arguments
+of 2024 are translated. Constraint: trl's constructor replaces ``model.forward`` on the instance and
+sends telemetry; both are undone. Trade-off: trl's entropy and token-accuracy columns are not
+logged, because on a CPU they cost half of the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from transformers.trainer_utils import rotate_checkpoints
+
+from finegraft.adapters import directory, lora
+from finegraft.core.arguments import Drop, Rename, translate
+from finegraft.models import causal_loss, swap
+from finegraft.models.locate import locate
+from finegraft.models.tokenizer import prepare
+from finegraft.training import checkpoint
+from finegraft.training.arguments import LEGACY, SFTConfig
+from finegraft.training.collate import Collator
+from finegraft.training.dataset import Rendering, encode
+
+logger = logging.getLogger(__name__)
+
+# Settings that older scripts pass to the trainer and that are the configuration's today.
+_MOVED = (
+    "dataset_text_field",
+    "max_length",
+    "packing",
+    "eval_packing",
+    "dataset_num_proc",
+    "dataset_kwargs",
+    "model_init_kwargs",
+    "neftune_noise_alpha",
+    "completion_only_loss",
+)
+_LEGACY = {
+    "tokenizer": Rename("processing_class"),
+    "max_seq_length": LEGACY["max_seq_length"],
+    "dataset_batch_size": LEGACY["dataset_batch_size"],
+    "num_of_sequences": LEGACY["num_of_sequences"],
+    "chars_per_token": LEGACY["chars_per_token"],
+    "infinite": Drop("epochs and max_steps decide the length"),
+}
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """Supervised fine-tuning; the arguments are trl's, of any year.
+
+    Args:
+        model: A model (finegraft's, transformers' or peft's), or a name that ``from_pretrained``
+            of ``FastLanguageModel`` takes.
+        args: ``SFTConfig`` or ``TrainingArguments``, finegraft's or stock.
+        train_dataset: Rows: prompt/completion, messages, conversations, alpaca columns, text, or
+            ``input_ids``; a ``datasets.Dataset``, a stream, or a list of dictionaries.
+        formatting_func: Row to string, or batch to list of strings.
+        legacy: Names of older versions, translated with one warning each.
+
+    Raises:
+        ArgumentError: FG-ARG-001 unknown name, FG-ARG-002 a setting given twice.
+        DataError: rows that cannot be trained on; see ``data``.
+    """
+
+    _tag_names = ("finegraft", "sft")
+
+    def __init__(
+        self,
+        model: Any,
+        args: transformers.TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[Any], Any] | None = None,
+        **legacy: Any,
+    ):
+        known = {*inspect.signature(trl.SFTTrainer.__init__).parameters, *_MOVED} - {"self"}
+        given = translate("SFTTrainer", legacy, known, _LEGACY)
+        processing_class = given.pop("processing_class", processing_class)
+        moved = {name: given.pop(name) for name in _MOVED if name in given}
+        args = SFTConfig.from_arguments(args or SFTConfig("outputs"), **moved)
+        model, processing_class = _loaded(model, processing_class)
+        self.rendering = _rendering(args, processing_class, formatting_func)
+        self.tokens_seen = 0
+        with _own_forward(model), _own_dtypes(model):
+            super().__init__(
+                model=model,
+                args=_without_preparation(args, model),
+                data_collator=data_collator or Collator(processing_class.pad_token_id or 0),
+                train_dataset=encode(train_dataset, self.rendering),
+                eval_dataset=self._encode_eval(eval_dataset),
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **given,
+            )
+        self.fast_loss = causal_loss.apply(self.model)
+        lora.accelerate(self.model)
+        logger.info("%s", swap.summary(self.model))
+
+    def _encode_eval(self, dataset: Any) -> Any:
+        if isinstance(dataset, dict):
+            return {name: self._encode_eval(part) for name, part in dataset.items()}
+        return None if dataset is None else encode(dataset, self.rendering)
+
+    def _send_telemetry(self) -> None:
+        """Send nothing: finegraft opens no connection that was not asked for."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["input_ids", "labels", "seq_lengths", "attention_mask"]
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Loss on the held-out rows, raw or prepared; computes no logits."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._encode_eval(eval_dataset)
+        return super(trl.SFTTrainer, self).evaluate(eval_dataset, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Token-weighted cross-entropy over the whole step, from the swapped model.
+
+        Args:
+            num_items_in_batch: Labelled tokens of all micro-batches (and ranks) of the step.
+        """
+        if self.model.training:
+            self.tokens_seen += _real_tokens(inputs)
+        extra = {"loss_only": not return_outputs} if self.fast_loss else {}
+        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch, **extra)
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over the ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_output_dir(self, trial: Any) -> str:
+        staging = getattr(self, "_staging", None)
+        return str(staging) if staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"{checkpoint.PREFIX}{self.state.global_step}"
+        with checkpoint.staged(final) as self._staging:
+            try:
+                super(trl.SFTTrainer, self)._save_checkpoint(model, trial)
+                staged = self._staging / final.name
+            finally:
+                self._staging = None
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        with checkpoint.full_disk_named(Path(output_dir)):
+            super()._save(output_dir, state_dict)
+            save_special_tokens(self.processing_class, Path(output_dir))
+
+
+def save_special_tokens(tokenizer: Any, folder: Path) -> None:
+    """Write ``special_tokens_map.json``, which readers older than transformers 5 look for."""
+    values = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Load a model given by name, and find the tokenizer of one given without."""
+    if isinstance(model, str):
+        opened = directory.open_model(model, trainable=True)
+        return opened.model, tokenizer or opened.tokenizer
+    if tokenizer is None:
+        tokenizer = directory.open_tokenizer(locate(model.config.name_or_path))
+    elif tokenizer.pad_token_id is None:
+        prepare(tokenizer, model.config, None)
+    return model, tokenizer
+
+
+def _rendering(args: SFTConfig, tokenizer: Any, formatting_func: Any) -> Rendering:
+    if args.packing and args.packing_strategy == "wrapped":
+        logger.warning(
+            "SFTTrainer: packing_strategy='wrapped' would let documents attend to each other and "
+            "cut them; packing whole rows side by side instead"
+        )
+    return Rendering(
+        tokenizer=tokenizer,
+        max_length=args.max_length or 1 << 30,
+        completion_only=True if args.assistant_only_loss else args.completion_only_loss,
+        truncation=args.truncation_mode,
+        packing=args.packing,
+        text_field=args.dataset_text_field or "text",
+        formatting_func=formatting_func,
+    )
+
+
+def _without_preparation(args: SFTConfig, model: Any) -> SFTConfig:
+    """The same arguments, told that rows are ready and that bf16 weights need no autocast."""
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    args.packing = args.padding_free = False  # done already, by our own collator
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if args.use_cpu and args.bf16 and weights == torch.bfloat16:
+        args.bf16, args.mixed_precision = False, "no"
+    return args
+
+
+@contextlib.contextmanager
+def _own_forward(model: Any) -> Iterator[None]:
+    """Leave the instance's ``forward`` as it was, whatever the block sets on it."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    missing = object()
+    before = vars(core).get("forward", missing)
+    yield
+    if before is missing:
+        vars(core).pop("forward", None)
+    else:
+        core.forward = before
+
+
+@contextlib.contextmanager
+def _own_dtypes(model: Any) -> Iterator[None]:
+    """Keep float32 master weights: trl rounds the adapters of quantized models to bfloat16."""
+    before = {p: p.data for p in model.parameters() if p.requires_grad}
+    yield
+    for parameter, data in before.items():
+        if parameter.data.dtype != data.dtype:
+            parameter.data = data
+
+
+def _real_tokens(inputs: dict[str, Any]) -> int:
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
