@@ -25,18 +25,18 @@ _OF_BEINGS = ["young", "brave", "clever", "gentle", "tired", "hungry", "happy", 
 _OF_THINGS = ["heavy", "small", "red", "blue", "old", "broken", "golden", "wet"]
 _OF_PLACES = ["dark", "cold", "wide", "distant", "peaceful", "narrow", "lonely"]
 # Base form and past, for a person and a thing.
-_DEEDS = (
-    ("carry", "carried"),
-    ("find", "found"),
-    ("lift", "lifted"),
-    ("drop", "dropped"),
-    ("sell", "sold"),
-    ("buy", "bought"),
-    ("bring", "brought"),
-    ("guard", "guarded"),
-    ("lose", "lost"),
-    ("hide", "hid"),
-)
+_PAST = {
+    "carry": "carried",
+    "find": "found",
+    "lift": "lifted",
+    "drop": "dropped",
+    "sell": "sold",
+    "buy": "bought",
+    "bring": "brought",
+    "guard": "guarded",
+    "lose": "lost",
+    "hide": "hid",
+}
 _MOVES = ["walked", "ran", "hurried", "wandered", "marched"]
 _STAYS = ["slept", "waited", "rested", "stood", "sat"]
 _WHERE_TO = ("toward", "past", "around")
@@ -44,16 +44,23 @@ _WHERE = ("near", "beside", "by")
 
 
 class _Dice:
-    """Choices from ``random()`` alone, whose sequence Python keeps between versions."""
+    """Choices from ``random()`` alone, whose sequence Python keeps between versions.
+
+    Words are dealt like cards, so that each of a list comes up equally often.
+    """
 
     def __init__(self, seed: int):
         self._random = random.Random(seed)
+        self._decks: dict[tuple[str, ...], list[str]] = {}
 
     def below(self, number: int) -> int:
         return int(self._random.random() * number)
 
     def choose(self, items: Sequence[str]) -> str:
-        return items[self.below(len(items))]
+        deck = self._decks.setdefault(tuple(items), [])
+        if not deck:
+            deck.extend(sorted(items, key=lambda _: self._random.random()))
+        return deck.pop()
 
     def being(self) -> str:
         return f"the {self.choose(_OF_BEINGS)} {self.choose(_PEOPLE + _ANIMALS)}"
@@ -68,7 +75,8 @@ class _Dice:
         return f"the {self.choose(_OF_PLACES)} {self.choose(_PLACES)}"
 
     def deed(self) -> tuple[str, str]:
-        return _DEEDS[self.below(len(_DEEDS))]
+        verb = self.choose(list(_PAST))
+        return verb, _PAST[verb]
 
 
 def _cap(text: str) -> str:
@@ -138,11 +146,12 @@ def rows(count: int = 720, seed: int = 3407) -> list[dict[str, str]]:
         raise ConfigError(
             "FG-DATA-013", f"count is {count}", allowed=f"1 to {_MOST_ROWS:,}", fix="count=720"
         )
-    dice = _Dice(seed)
+    # One set of decks per pattern: each verb is then equally often a past and a base form.
+    dice = [_Dice(seed + turn) for turn in range(len(_PATTERNS))]
     made: dict[str, str] = {}
     while len(made) < count:
-        pattern = _PATTERNS[len(made) % len(_PATTERNS)]
-        prompt, completion = pattern(dice)
+        turn = len(made) % len(_PATTERNS)
+        prompt, completion = _PATTERNS[turn](dice[turn])
         made.setdefault(prompt, completion)
     return [{"prompt": prompt, "completion": completion} for prompt, completion in made.items()]
 
