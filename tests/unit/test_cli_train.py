@@ -1,4 +1,4 @@
-"""Flags come from the schema and win in the right order; results and endings are the promised ones."""
+"""Flags come from the schema and win in the right order; endings are the promised ones."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ def test_help_has_description_and_default_of_every_field():
 
 def test_flags_win_over_set_and_set_over_the_file(trained, tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text(
-        "model: demo\ndata: rows.jsonl\nr: 1\nlora_alpha: 1\nseed: 1\npacking: true\n"
-    )
+    file.write_text("model: demo\ndata: rows.jsonl\nr: 1\nlora_alpha: 1\nseed: 1\npacking: true\n")
     words = ["--set", "lora_alpha=2", "--set", "seed=2", "--seed", "3", "--no-packing"]
     done = runner.invoke(app, ["train", str(file), *words])
     assert done.exit_code == 0, done.output
