@@ -57,9 +57,9 @@ def test_exact_text_prompt_prefix_and_mask(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_system_text_from_either_side(name: str) -> None:
     own = get_chat_template(tiny(None, **NO_BOS), name)
-    asked = get_chat_template(tiny(None, **NO_BOS), name, system_message='Say "{{ 1 }}"\né')
-    spoken = text(own, [{"role": "system", "content": 'Say "{{ 1 }}"\né'}, *TURNS])
-    assert 'Say "{{ 1 }}"\né' in spoken
+    asked = get_chat_template(tiny(None, **NO_BOS), name, system_message='Say "{{ 1 }}"\né😀')
+    spoken = text(own, [{"role": "system", "content": 'Say "{{ 1 }}"\né😀'}, *TURNS])
+    assert 'Say "{{ 1 }}"\né😀' in spoken
     assert text(asked, TURNS) == spoken
 
 

@@ -40,6 +40,7 @@ def test_ragged_lengths_fill_97_percent(seed: int) -> None:
 
 def test_best_fit_takes_the_fullest_bin() -> None:
     assert pack([6, 7, 3, 4], 10) == [[0, 3], [1, 2]]
+    assert pack([9, 7, 8, 6, 2, 3], 10) == [[0], [1, 5], [2, 4], [3]], "2 goes to 8, not to 6 or 7"
     assert pack([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
     assert pack([], 10) == []
 

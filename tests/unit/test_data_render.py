@@ -120,6 +120,12 @@ def test_weight_zero_is_read_and_not_learnt() -> None:
     assert "world" in [w for w, _ in words]
 
 
+def test_weight_never_reaches_the_template() -> None:
+    tokenizer = tiny(CHATML.replace("m['content']", "m['weight'] | default('') ~ m['content']"))
+    text = tokenizer.decode(render([*PAIR, assistant("now", weight=1)], tokenizer).input_ids)
+    assert "1" not in text and "now" in text
+
+
 def test_completion_only_false_learns_every_token() -> None:
     rendered = render(PAIR, tiny(), completion_only=False)
     assert len(rendered.trained) == 12 and all(rendered.trained)
