@@ -269,8 +269,11 @@ def test_refusing_template_says_why() -> None:
 
 def test_template_that_hides_the_answer() -> None:
     tokenizer = tiny("{% if add_generation_prompt %}hello{% else %}bye{% endif %}")
-    with pytest.raises(DataError, match=r"FG-DATA-011.*does not show the last answer"):
+    with pytest.raises(DataError, match=r"FG-DATA-011.*does not show an answer"):
         render(PAIR, tokenizer)
+    images = tiny(CHATML.replace("m['content']", "m['content'][0]['text']"))
+    with pytest.raises(DataError, match=r"FG-DATA-011.*does not show an answer"):
+        render(PAIR, images)
 
 
 def test_batch_equals_one_by_one() -> None:

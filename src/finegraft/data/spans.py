@@ -85,13 +85,26 @@ def answer_spans(
     """
     text = render_text(messages, tokenizer, tools)
     spans = _spans(text, messages, learnt, tokenizer, tools, ends)
-    if spans is not None:
-        return text, spans
-    say_once(
-        "the chat template renders earlier turns differently once others follow; "
-        "only the last answer of each such conversation is learnt"
+    if spans is None:
+        say_once(
+            "the chat template renders earlier turns differently once others follow; "
+            "only the last answer of each such conversation is learnt"
+        )
+        learnt = learnt[-1:]
+        text, spans = _last_answer(messages[: learnt[0] + 1], tokenizer, tools)
+    for i, (start, stop) in zip(learnt, spans, strict=True):
+        words = str(messages[i].get("content") or "").split()
+        if words and words[-1] not in text[start:stop]:
+            raise _hidden()  # templates for images show nothing of plain text
+    return text, spans
+
+
+def _hidden() -> DataError:
+    return DataError(
+        "FG-DATA-011",
+        "the chat template does not show an answer, so nothing can be learnt from it",
+        fix="set chat_template to another one",
     )
-    return _last_answer(messages[: learnt[-1] + 1], tokenizer, tools)
 
 
 def _spans(
@@ -142,11 +155,7 @@ def _last_answer(
         # DeepSeek's distills prompt with "<think>" and render an answer without it.
         at = whole.rfind(str(messages[-1].get("content", "")).strip())
         if at < 0:
-            raise DataError(
-                "FG-DATA-011",
-                "the chat template does not show the last answer, so nothing can be learnt from it",
-                fix="set chat_template to another one",
-            )
+            raise _hidden()
         whole = head + whole[at:]
     return whole, [(len(head), len(whole))]
 
