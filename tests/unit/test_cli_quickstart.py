@@ -93,6 +93,8 @@ def test_people_see_examples_scores_and_three_commands(runs):
     done = runner.invoke(app, ["quickstart"])
     assert done.exit_code == 0, done.output
     assert done.stdout.count("rambling") == quickstart.EXAMPLES
+    kinds = {row.split("│")[1].split()[0] for row in done.stdout.splitlines() if "rambling" in row}
+    assert len(kinds) > 1, "examples of one pattern only"
     for words in ("0%", "75%", "2.500", "0.250"):
         assert words in done.stdout
     commands = [line for line in done.stdout.splitlines() if line.startswith("  finegraft ")]

@@ -10,7 +10,6 @@ its command runs, not before; ``finegraft doctor`` looks at all of them.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import types
 import warnings
@@ -141,9 +140,6 @@ def main() -> None:
         sys.excepthook = _bug
         warnings.simplefilter("ignore")  # other libraries' advice to programmers
         logging.getLogger("py.warnings").setLevel(logging.ERROR)
-        # read once while the library is imported, which a first import in the middle of a
-        # progress panel would otherwise spoil
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     typer.main.get_command(app)(prog_name="finegraft")
 
 

@@ -140,28 +140,44 @@ class _LogLines(logging.Handler):
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence transformers' and datasets' bars and chatter for one command, by their own switches.
+    """Silence the bars and chatter of other libraries for a block, by their own switches.
 
-    Download bars of the hub stay: a person wants to see those.
+    Download bars of the hub stay: a person wants to see those. datasets takes 0.3 s to import and
+    only training needs it, so it has a block of its own.
     """
     if debugging():
         yield
         return
-    import datasets
-    from transformers.utils import logging as transformers_log
+    from transformers.utils import logging as own
 
-    verbosity = transformers_log.get_verbosity(), datasets.logging.get_verbosity()
-    bars = transformers_log.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    transformers_log.set_verbosity_error()
-    transformers_log.disable_progress_bar()
+    bitsandbytes = logging.getLogger("bitsandbytes")  # says at import what it would have liked
+    level, verbosity, bars = bitsandbytes.level, own.get_verbosity(), own.is_progress_bar_enabled()
+    bitsandbytes.setLevel(logging.ERROR)
+    own.set_verbosity_error()
+    own.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bitsandbytes.setLevel(level)
+        own.set_verbosity(verbosity)
+        if bars:
+            own.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """The same for datasets, whose map and filter draw bars while rows are prepared."""
+    if debugging():
+        yield
+        return
+    import datasets
+
+    verbosity, disabled = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        transformers_log.set_verbosity(verbosity[0])
-        datasets.logging.set_verbosity(verbosity[1])
-        if bars[0]:
-            transformers_log.enable_progress_bar()
-        if not bars[1]:
+        datasets.logging.set_verbosity(verbosity)
+        if not disabled:
             datasets.enable_progress_bars()

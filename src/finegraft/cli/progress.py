@@ -30,6 +30,7 @@ PLAIN_EVERY_STEPS = 10
 PLAIN_EVERY_SECONDS = 5.0
 SPINNER_AFTER_SECONDS = 2.0
 TREND_STEPS = 5
+CELLS_A_LINE = 3  # fits 80 columns
 
 
 def clock(seconds: float | None) -> str:
@@ -130,7 +131,7 @@ def _numbers(picture: Picture) -> list[tuple[str, str]]:
     step = picture.step or {}
     parts = [("loss", f"{step['loss']:.4f} {picture.trend}" if step.get("loss") else "?")]
     if step.get("learning_rate") is not None:
-        parts.append(("rate", f"{step['learning_rate']:.1e}"))
+        parts.append(("learning rate", f"{step['learning_rate']:.1e}"))
     if step.get("tokens_per_second"):
         parts.append(("speed", f"{step['tokens_per_second']:,.0f} tokens/s"))
     if step.get("memory_bytes"):
@@ -228,11 +229,11 @@ def _panel(picture: Picture) -> RenderableType:
         f"step {step['step']}/{step['total_steps']}",
         ProgressBar(total=step["total_steps"], completed=step["step"]),
     )
-    line = Text()
-    for label, value in _numbers(picture):
-        line.append(f"{label} ", style="dim")
-        line.append(f"{value}   ", style="bold" if label == "loss" else "")
-    return Panel(Group(bar, line), title="training", title_align="left", border_style="green")
+    numbers = Table.grid(padding=(0, 3), expand=True)
+    cells = [Text.assemble((f"{label} ", "dim"), value) for label, value in _numbers(picture)]
+    for first in range(0, len(cells), CELLS_A_LINE):
+        numbers.add_row(*cells[first : first + CELLS_A_LINE])
+    return Panel(Group(bar, numbers), title="training", title_align="left", border_style="green")
 
 
 def progress(console: Console) -> PlainProgress | LiveProgress:

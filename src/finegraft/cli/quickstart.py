@@ -121,8 +121,8 @@ def _show(
     examples = Table(title="Sentences it has not seen", title_justify="left", show_lines=True)
     for name in ("you say", "before", "after"):
         examples.add_column(name, ratio=1, overflow="fold")
-    step = max(len(heldout) // EXAMPLES, 1)
-    for i in range(0, step * EXAMPLES, step)[: len(heldout)]:
+    step = len(heldout) // EXAMPLES + 1  # patterns take turns by six; a step of 13 meets five
+    for i in range(0, len(heldout), step):
         row = heldout[i]
         right = after.texts[i].strip() == row["completion"].strip()
         style = "green" if right else ""

@@ -55,7 +55,10 @@ def load(out: Output, name: str, load_in_4bit: bool) -> tuple[Any, Any]:
     with out.busy(f"loading {name}"), quiet_libraries():
         from finegraft.fast import FastLanguageModel
 
-        model, tokenizer = FastLanguageModel.from_pretrained(name, load_in_4bit=load_in_4bit)
+        # no length: a chat may use all the positions that the model has
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            name, max_seq_length=None, load_in_4bit=load_in_4bit
+        )
         FastLanguageModel.for_inference(model)
     return model, tokenizer
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from finegraft.cli.flags import overrides, with_schema_flags
 from finegraft.cli.help import Help
-from finegraft.cli.output import STATUS_INTERRUPTED, Output, quiet_libraries
+from finegraft.cli.output import STATUS_INTERRUPTED, Output, quiet_datasets, quiet_libraries
 from finegraft.cli.progress import clock, progress
 from finegraft.core.errors import ConfigError, did_you_mean
 from finegraft.core.schema import TrainConfig, build, from_file
@@ -28,7 +28,7 @@ def run_training(out: Output, config: TrainConfig, *, resume: bool = False) -> A
     """Train with progress on stderr and return the ``RunResult``."""
     with out.busy("starting"), quiet_libraries():
         from finegraft.training import run
-    with quiet_libraries(), progress(out.err) as listener:
+    with quiet_libraries(), quiet_datasets(), progress(out.err) as listener:
         return run.train(config, listener=listener, resume=resume)
 
 
