@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 
 import pytest
 import torch
@@ -123,14 +124,24 @@ def test_stream_joined_is_complete(model, tokenizer):
 
 
 def test_closing_a_stream_stops_the_model(model, tokenizer):
+    talks = conversations(12)
+    lengths = [
+        len(t.split()) for t in generate.complete(model, tokenizer, talks, max_new_tokens=40)
+    ]
+    assert max(lengths) == 40, "no answer is long enough to be stopped"
     model.train()
     calls = []
-    hook = model.register_forward_hook(lambda *_: calls.append(1))
-    answer = generate.stream(model, tokenizer, conversations(4)[3], max_new_tokens=100)
+
+    def slow(*_):
+        calls.append(1)
+        time.sleep(0.01)
+
+    hook = model.register_forward_hook(slow)
+    answer = generate.stream(model, tokenizer, talks[lengths.index(40)], max_new_tokens=40)
     next(answer)
     answer.close()
     hook.remove()
-    assert len(calls) < 100
+    assert len(calls) < 20
     assert model.training
     assert not [t for t in threading.enumerate() if t.name.startswith("finegraft-stream")]
     model.eval()

@@ -24,8 +24,8 @@ from finegraft.cli import doctor, quickstart, talk, train
 from finegraft.cli.output import STATUS_ERROR, STATUS_INTERRUPTED, Output, debugging
 from finegraft.core.errors import FinegraftError
 
-# BadParameter -> UsageError -> ClickException: typer brings its own copy of click since 0.26 and
-# exports only the first, so the root is reached from there, with either click.
+# BadParameter -> UsageError -> ClickException: newer typer brings its own copy of click and
+# exports only the first of these, so the root is reached from there, with either click.
 _ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 
 

@@ -25,7 +25,6 @@ class _Record:
 
     was_training: bool
     training: list[nn.Module]
-    evaluating: list[nn.Module]
     checkpointed: list[nn.Module]
     use_cache: list[tuple[Any, bool]]
 
@@ -44,9 +43,9 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _set_flags(modules: list[nn.Module], training: bool) -> None:
+def _start_training(modules: list[nn.Module]) -> None:
     for module in modules:  # module.train() would reach into the children, whose flags may differ
-        module.training = training
+        module.training = True
 
 
 def for_inference(model: nn.Module) -> nn.Module:
@@ -66,7 +65,6 @@ def for_inference(model: nn.Module) -> nn.Module:
     _records[model] = _Record(
         was_training=model.training,
         training=[m for m in modules if m.training],
-        evaluating=[m for m in modules if not m.training],
         checkpointed=[m for m in modules if getattr(m, "gradient_checkpointing", None) is True],
         use_cache=[(config, config.use_cache) for config in configs],
     )
@@ -97,8 +95,7 @@ def for_training(model: nn.Module) -> nn.Module:
         for config, value in record.use_cache:
             config.use_cache = value
         if record.was_training:
-            _set_flags(record.training, True)
-            _set_flags(record.evaluating, False)
+            _start_training(record.training)
     if not model.training:
         model.train()
     return model
@@ -112,4 +109,4 @@ def answering(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        _set_flags(training, True)
+        _start_training(training)
