@@ -25,16 +25,16 @@ class Collator:
 
     Args:
         pad_token_id: Fills rows up; masked or a document of its own, so its value is never seen.
-        pad_to_multiple_of: Round t up to a multiple of this, in tokens.
+        pad_to_multiple_of: Round t up to a multiple of this, in tokens. Eight keeps the number of
+            different shapes small, for each of which oneDNN compiles and keeps kernels.
     """
 
     pad_token_id: int
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: int = 8
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
-        if self.pad_to_multiple_of:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {
             "input_ids": torch.full((len(rows), width), self.pad_token_id),  # [b, t]
             "labels": torch.full((len(rows), width), IGNORED),

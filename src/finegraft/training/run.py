@@ -232,7 +232,7 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SFTTrainer, Any]:
 
 
 def _arguments(config: TrainConfig, has_eval: bool) -> SFTConfig:
-    # The schema's keys carry the trainer's own names, so the shared ones are handed over as they are.
+    # The schema's keys carry the trainer's own names: the shared ones are handed over unchanged.
     done_here = {"packing", "completion_only_loss", "eval_steps"}
     same = set(TrainConfig.model_fields) & {f.name for f in fields(SFTConfig)} - done_here
     evaluation: dict[str, Any] = {"eval_strategy": "no"}

@@ -13,10 +13,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 # 2**23 float32 logits are 32 MB: small enough to stay near the cache, large enough that reading
 # the head's weights once a chunk (57 MB for 49k x 576 in bf16) is a third of the product's time.
 _CHUNK_ELEMENTS = 1 << 23
+
+# Rows are filled up to a multiple of this before they meet the head: oneDNN compiles and keeps a
+# kernel for every new row count, and ragged counts cost 25 MB of memory a step for hundreds of
+# steps.
+_ROW_MULTIPLE = 32
 
 
 def linear_cross_entropy(
@@ -50,10 +56,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
-        rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        rows = _CHUNK_ELEMENTS // weight.shape[0] // _ROW_MULTIPLE * _ROW_MULTIPLE or _ROW_MULTIPLE
         for start in range(0, hidden.shape[0], rows):
             h, y = hidden[start : start + rows], labels[start : start + rows]
-            logits = (h @ weight.t()).to(accumulate)  # [c, v]
+            logits = _head(h, weight).to(accumulate)  # [c, v]
             if logit_scale != 1.0:
                 logits.mul_(logit_scale)
             if softcap is not None:
@@ -64,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             d_logits = _softmax_gradient(logits, lse, y, softcap, logit_scale).to(hidden.dtype)
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[start : start + rows])
+                d_hidden[start : start + rows] = _filled(d_logits).mm(weight)[: h.shape[0]]
             if d_weight is not None:
                 d_weight.addmm_(d_logits.t().to(accumulate), h.to(accumulate))
         ctx.num_items = num_items
@@ -82,6 +88,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_weight is not None:
             d_weight = (d_weight * scale).to(ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None, None
+
+
+def _filled(rows: torch.Tensor) -> torch.Tensor:
+    """Append zero rows up to the next multiple of ``_ROW_MULTIPLE``."""
+    missing = -rows.shape[0] % _ROW_MULTIPLE
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (_filled(hidden) @ weight.t())[: hidden.shape[0]]
 
 
 def _softmax_gradient(
