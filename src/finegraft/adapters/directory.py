@@ -83,6 +83,7 @@ def open_model(
     max_seq_length: int | None = None,
     trainable: bool = False,
     trust_remote_code: bool = False,
+    tokenizer: Any = None,
     **load_settings: Any,
 ) -> Opened:
     """Load a model, or a base with its adapter attached.
@@ -91,6 +92,7 @@ def open_model(
         name: Anything that ``models.locate`` takes.
         max_seq_length: In tokens; None keeps the model's own.
         trainable: Whether an adapter found there goes on training.
+        tokenizer: One that was opened already.
         load_settings: Further arguments of ``models.load.load_model``.
 
     Raises:
@@ -98,7 +100,7 @@ def open_model(
     """
     located = locate(name, revision=revision, token=token)
     base = base_of(located, token) if located.kind == "adapter" else located
-    tokenizer = open_tokenizer(
+    tokenizer = tokenizer or open_tokenizer(
         located, max_seq_length=max_seq_length, trust_remote_code=trust_remote_code
     )
     model: Any = load.load_model(

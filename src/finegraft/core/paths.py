@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from finegraft.core.errors import StorageError
+from finegraft.core.errors import FinegraftError, StorageError
 
 
 def cache_dir() -> Path:
@@ -87,13 +87,10 @@ def whole_folder(final: Path) -> Iterator[Path]:
         yield beside
         _sync(beside)
         replace_folder(beside, final)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, StorageError):
-            raise
-        raise storage_error(error, final) from error
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, FinegraftError):
+            raise storage_error(error, final) from error
         raise
 
 

@@ -61,6 +61,8 @@ def _folder(path: Path, name: str, revision: str | None) -> Located:
         return Located("directory", path, name, None, revision)
     if (path / "adapter" / ADAPTER_CONFIG).is_file():
         return _adapter(path / "adapter", name)
+    if (path / "model" / "config.json").is_file():  # a run that trained every weight
+        return Located("directory", path / "model", name, None, revision)
     inside = sorted(p.name for p in path.iterdir())[:8]
     files = [str(p.relative_to(path)) for p in path.glob("*.gguf")]
     raise ModelError(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finegraft.core.errors import StorageError
+from finegraft.core.errors import FinegraftError
 from finegraft.core.paths import storage_error, whole_folder
 
 PREFIX = "checkpoint-"
@@ -43,7 +43,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except StorageError:
+    except FinegraftError:
         raise
     except OSError as error:
         raise storage_error(error, path) from error

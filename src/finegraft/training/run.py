@@ -65,6 +65,7 @@ class _Data:
     train: Prepared
     held_out: Prepared | None
     record: dict[str, Any]
+    tokenizer: Any
 
 
 def train(
@@ -90,14 +91,14 @@ def train(
         require_writable(run)
         log.emit("phase", name="checking data")
         data = _check_data(config, log)
-        log.emit("phase", name="loading model")
-        trainer, tokenizer = _build(config, data)
         if resume:
             _require_same_data(run, data.record)
-        else:
+        log.emit("phase", name="loading model")
+        trainer = _build(config, data)
+        if not resume:
             _fill(run, config, data)
         log.open(run / "events.jsonl")
-    return _train(config, trainer, tokenizer, log, resume)
+    return _train(config, trainer, data.tokenizer, log, resume)
 
 
 def _require_free(run: Path, overwrite: bool) -> None:
@@ -166,7 +167,7 @@ def _check_data(config: TrainConfig, log: EventLog) -> _Data:
         tools = tools and tools[:-size]
     else:
         held = []
-    tokenizer = open_tokenizer(config)
+    tokenizer = _open_tokenizer(config)
     settings = {"max_length": config.max_length, "completion_only": config.completion_only_loss}
     prepared = prepare(conversations, tokenizer, tools=tools, **settings)
     held_out = prepare(held, tokenizer, **settings) if held else None
@@ -179,10 +180,10 @@ def _check_data(config: TrainConfig, log: EventLog) -> _Data:
         "warnings": prepared.warnings,
     }
     log.emit("data", format=name, warnings=prepared.warnings, **asdict(prepared.counts))
-    return _Data(prepared, held_out, record)
+    return _Data(prepared, held_out, record, tokenizer)
 
 
-def open_tokenizer(config: TrainConfig) -> Any:
+def _open_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer of the configured model, with the configured chat template."""
     located: Located = locate(config.model, revision=config.revision)
     tokenizer = directory.open_tokenizer(
@@ -193,20 +194,19 @@ def open_tokenizer(config: TrainConfig) -> Any:
     return tokenizer
 
 
-def _build(config: TrainConfig, data: _Data) -> tuple[SFTTrainer, Any]:
+def _build(config: TrainConfig, data: _Data) -> SFTTrainer:
     opened = directory.open_model(
         config.model,
         revision=config.revision,
         max_seq_length=config.max_length,
         trainable=True,
         trust_remote_code=config.trust_remote_code,
+        tokenizer=data.tokenizer,
         dtype=config.dtype,
         load_in_4bit=config.load_in_4bit,
         load_in_8bit=config.load_in_8bit,
     )
-    model, tokenizer = opened.model, opened.tokenizer
-    if config.chat_template:
-        tokenizer = get_chat_template(tokenizer, config.chat_template)
+    model = opened.model
     set_seed(config.seed)
     if not config.full_finetuning and opened.located.kind != "adapter":
         model = lora.attach(
@@ -218,17 +218,17 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SFTTrainer, Any]:
             bias=config.bias,
             use_rslora=config.use_rslora,
         )
-    how = Rendering(tokenizer, config.max_length, packing=config.packing)
+    how = Rendering(data.tokenizer, config.max_length, packing=config.packing)
     trainer = SFTTrainer(
         model=model,
         args=_arguments(config, has_eval=data.held_out is not None),
         train_dataset=Dataset.from_dict(columns(data.train, how)),
         eval_dataset=Dataset.from_dict(columns(data.held_out, how)) if data.held_out else None,
-        processing_class=tokenizer,
+        processing_class=data.tokenizer,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
-    return trainer, tokenizer
+    return trainer
 
 
 def _arguments(config: TrainConfig, has_eval: bool) -> SFTConfig:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from finegraft.adapters import directory, lora
 from finegraft.core.arguments import Drop, Rename, translate
-from finegraft.models import causal_loss, swap
+from finegraft.models import causal_loss, quantize, swap
 from finegraft.models.locate import locate
 from finegraft.models.tokenizer import prepare
 from finegraft.training import checkpoint
@@ -93,6 +93,7 @@ class SFTTrainer(trl.SFTTrainer):
         moved = {name: given.pop(name) for name in _MOVED if name in given}
         args = SFTConfig.from_arguments(args or SFTConfig("outputs"), **moved)
         model, processing_class = _loaded(model, processing_class)
+        quantize.protect(model)  # an eval forward of a stock 4-bit model would repack its weights
         self.rendering = _rendering(args, processing_class, formatting_func)
         self.tokens_seen = 0
         with _own_forward(model), _own_dtypes(model):
