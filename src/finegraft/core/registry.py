@@ -65,7 +65,7 @@ class Registry(Generic[T]):
             if plugin is not None
             else getattr(importlib.import_module(f"{self.package}.{name}"), self.attribute)
         )
-        return found  # type: ignore[no-any-return]
+        return found
 
     def items(self) -> Iterator[tuple[str, T]]:
         """Yield every name with its object, in name order."""

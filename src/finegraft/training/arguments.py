@@ -48,6 +48,11 @@ LEGACY = {
     "chars_per_token": Drop("packing needs no estimate"),
 }
 
+# Both names are fields of the newest transformers, and the old one warns; either is taken here.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _SLOW_ON_CPU = ("8bit", "4bit", "paged")
 
 
@@ -55,14 +60,18 @@ def _names(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
 
 
-def _for_this_machine(where: str, values: dict[str, Any]) -> dict[str, Any]:
+def _for_this_machine(where: str, values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """Fill in what a machine without a GPU needs, and answer what it cannot do."""
     values.setdefault("report_to", "none")
+    for old, new in _RENAMED.items():
+        if old in values and new in known:
+            values[new] = values.pop(old)
     if facts().gpus and not values.get("use_cpu"):
         return values
     values["use_cpu"] = True
     values["bf16"] = bool(values.get("bf16") or False)
-    values.setdefault("gradient_checkpointing", False)
+    checkpointing = "activation_checkpointing"
+    values.setdefault(checkpointing if checkpointing in known else "gradient_checkpointing", False)
     values.setdefault("dataloader_pin_memory", False)
     if values.get("fp16"):
         logger.warning("%s: fp16 is far slower than float32 on a CPU and is not used", where)
@@ -84,8 +93,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __init__(self, output_dir: str | None = None, **values: Any):
         where = type(self).__name__
-        values = translate(where, values, _names(transformers.TrainingArguments), LEGACY)
-        super().__init__(output_dir=output_dir, **_for_this_machine(where, values))
+        known = _names(transformers.TrainingArguments)
+        values = _for_this_machine(where, translate(where, values, known, LEGACY), known)
+        super().__init__(output_dir=output_dir, **values)
 
 
 class SFTConfig(trl.SFTConfig):
@@ -97,8 +107,9 @@ class SFTConfig(trl.SFTConfig):
 
     def __init__(self, output_dir: str | None = None, **values: Any):
         where = type(self).__name__
-        values = translate(where, values, _names(trl.SFTConfig), LEGACY)
-        super().__init__(output_dir=output_dir, **_for_this_machine(where, values))
+        known = _names(trl.SFTConfig)
+        values = _for_this_machine(where, translate(where, values, known, LEGACY), known)
+        super().__init__(output_dir=output_dir, **values)
 
     @classmethod
     def from_arguments(cls, args: transformers.TrainingArguments, **more: Any) -> SFTConfig:

@@ -1,0 +1,21 @@
+"""Shared settings: tiny models run fastest on one thread, and no test reaches a network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_tiny_models(request):
+    threads = torch.get_num_threads()
+    if "e2e" not in str(request.path):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
