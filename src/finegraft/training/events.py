@@ -110,6 +110,11 @@ class RunCallback(TrainerCallback):
         if self.stop:
             control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A stop in the middle of an epoch does not wait for an evaluation."""
+        if self.stop and control.should_training_stop and state.epoch % 1:
+            control.should_evaluate = False
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:

@@ -84,7 +84,7 @@ def train(
     run = Path(config.output)
     log = EventLog(listener)
     if resume:
-        _require_checkpoint(run)
+        _require_run(run)
     else:
         _require_free(run, config.overwrite)
     with _removed_on_error(run):
@@ -115,13 +115,13 @@ def _require_free(run: Path, overwrite: bool) -> None:
         )
 
 
-def _require_checkpoint(run: Path) -> None:
-    """Raises ConfigError FG-RUN-001 when there is nothing to go on from."""
-    if not checkpoint.checkpoints(run / "checkpoints"):
+def _require_run(run: Path) -> None:
+    """Raises ConfigError FG-RUN-001 when there is no run; one without a checkpoint starts anew."""
+    if not (run / "data.json").is_file():
         raise ConfigError(
             "FG-RUN-001",
-            f"{run} has no checkpoint to resume from",
-            allowed="a run folder that was stopped after its first checkpoint",
+            f"{run} has no run to resume",
+            allowed="a run folder that `finegraft train` made",
             fix="`finegraft train` starts a new run",
         )
 
@@ -284,7 +284,8 @@ def _train(
     run = Path(config.output)
     callback = RunCallback(log, trainer)
     trainer.add_callback(callback)
-    newest = checkpoint.checkpoints(run / "checkpoints")[-1] if resume else None
+    saved = checkpoint.checkpoints(run / "checkpoints") if resume else []
+    newest = saved[-1] if saved else None
     log.emit("phase", name="training")
     started = time.monotonic()
     with _stopping(callback, log), checkpoint.full_disk_named(run):

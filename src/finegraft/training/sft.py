@@ -150,6 +150,13 @@ class SFTTrainer(trl.SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages over the ranks
         return (loss, outputs) if return_outputs else loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Transformers takes one step too many when resumed in mid-epoch after the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         staging = getattr(self, "_staging", None)
         return str(staging) if staging else super()._get_output_dir(trial)
