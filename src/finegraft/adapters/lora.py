@@ -10,6 +10,7 @@ same call. Trade-off: those checks cost 2 us a call.
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from finegraft.models import swap
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
+_NAMES = re.compile(r"[\w\s,]+")  # "q_proj" or "q_proj, v_proj"; anything else is an expression
 
 
 class FastLoraLinear(LoraLinear):
@@ -115,10 +117,13 @@ def check_targets(model: nn.Module, targets: list[str] | str) -> None:
     Raises:
         AdapterError: FG-ADAPT-001 with the model's own linear layers.
     """
-    if isinstance(targets, str):
-        return  # all-linear, or a regular expression that peft checks
+    if targets == ALL_LINEAR:
+        return
     every = [name for name, _ in model.named_modules()]
-    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in every)]
+    if isinstance(targets, str):
+        missing = [] if any(_expression(targets).fullmatch(n) for n in every) else [targets]
+    else:
+        missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in every)]
     if missing:
         known = linear_names(model)
         raise AdapterError(
@@ -128,6 +133,18 @@ def check_targets(model: nn.Module, targets: list[str] | str) -> None:
             allowed=", ".join(f"{name} ({count})" for name, count in known.items()),
             fix=f"{did_you_mean(missing[0], known)} Or pass target_modules='{ALL_LINEAR}'",
         )
+
+
+def _expression(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise AdapterError(
+            "FG-ADAPT-004",
+            f"target_modules is {text!r}: {error}",
+            allowed="module names, a regular expression for whole module paths, or all-linear",
+            fix=f"target_modules='{ALL_LINEAR}'",
+        ) from error
 
 
 def attach(
@@ -159,6 +176,8 @@ def attach(
         )
     targets = list(target_modules) if isinstance(target_modules, tuple | set) else target_modules
     targets = targets or ALL_LINEAR
+    if isinstance(targets, str) and targets != ALL_LINEAR and _NAMES.fullmatch(targets):
+        targets = [name.strip() for name in targets.split(",")]
     check_targets(model, targets)
     try:
         config = LoraConfig(r=r, target_modules=targets, task_type=TaskType(task_type), **settings)
