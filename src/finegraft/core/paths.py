@@ -36,20 +36,31 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageError(
             "FG-DISK-001",
-            f"the disk is full while writing {path}{free}",
+            f"the disk is full while writing {_final(path)}{free}",
             fix="free some space or pass --output with a folder on another disk; "
             "nothing half-written was left",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        blocking = next((p for p in (path, *path.parents) if p.is_file()), None)
+        reason = f"{blocking} is a file" if blocking else os.strerror(error.errno)
         return StorageError(
             "FG-DISK-002",
-            f"cannot write to {path}: {os.strerror(error.errno)}",
+            f"cannot write to {path}: {reason}",
             allowed="a folder that you may write to",
             fix="pass --output with another folder, or change the permissions of this one",
         )
     return StorageError(
         "FG-DISK-003", f"writing {path} failed: {error}", fix="see the reason above"
     )
+
+
+def _final(path: Path) -> Path:
+    """The name that a path inside a ``.name.12345678.partial`` folder will have in the end."""
+    for whole in reversed((path, *path.parents)):
+        if whole.suffix == ".partial":
+            name = whole.stem.removeprefix(".").rsplit(".", 1)[0]
+            return whole.parent / name.removesuffix(".saving")
+    return path
 
 
 def require_writable(folder: Path) -> None:

@@ -150,7 +150,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """Read ``key=value`` as YAML reads the value; ``lr=1e-4`` gives a float.
 
     Raises:
-        ConfigError: FG-CONF-004, no equals sign.
+        ConfigError: FG-CONF-004, no equals sign, or a value that YAML cannot read.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -160,7 +160,15 @@ def parse_assignment(text: str) -> tuple[str, Any]:
             allowed="key=value",
             fix="for example --set learning_rate=1e-4",
         )
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            "FG-CONF-004",
+            f"--set got {text!r}, whose value is not YAML",
+            allowed="key=value",
+            fix=f"put it in quotes: --set {key.strip()}=\"'...'\"",
+        ) from error
     if isinstance(parsed, str):
         with contextlib.suppress(ValueError):
             parsed = float(parsed)  # YAML 1.1 reads 1e-4 as text
@@ -192,4 +200,5 @@ def from_file(path: str | Path, overrides: dict[str, Any] | None = None) -> Trai
             f"{path} holds {type(values).__name__}, not keys with values",
             fix="write one 'key: value' a line, starting with model: and data:",
         )
-    return build({**values, **(overrides or {})}, str(path))
+    source = f"{path} and the command line" if overrides else str(path)
+    return build({**values, **(overrides or {})}, source)
