@@ -10,6 +10,7 @@ of the YAML file, and so are reported all at once instead of one by one.
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -20,7 +21,8 @@ from rich.markup import escape
 from finegraft.core.errors import ConfigError
 from finegraft.core.schema import TrainConfig, groups, parse_assignment
 
-ALL_LINEAR = "all-linear"
+# names; anything else is all-linear or a regular expression
+_NAMES = re.compile(r"[\w.\s,]+")
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 
@@ -124,7 +126,7 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
     if "map" in values:
         values["map"] = _mapping(values["map"])
     modules = values.get("target_modules")
-    if modules is not None and modules != ALL_LINEAR:
+    if modules is not None and _NAMES.fullmatch(modules):
         values["target_modules"] = [name.strip() for name in modules.split(",") if name.strip()]
     return values
 

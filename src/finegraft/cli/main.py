@@ -66,8 +66,8 @@ class Commands(TyperGroup):
                 raise
             ctx.obj.failure(error)
             raise typer.Exit(STATUS_ERROR) from error
-        except KeyboardInterrupt:
-            ctx.obj.interrupted()
+        except KeyboardInterrupt as stop:
+            ctx.obj.interrupted(stop)
             raise typer.Exit(STATUS_INTERRUPTED) from None
 
 

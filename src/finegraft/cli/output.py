@@ -29,6 +29,20 @@ STATUS_ERROR = 2
 STATUS_INTERRUPTED = 130
 
 
+class Stopped(KeyboardInterrupt):
+    """An end that was asked for.
+
+    Args:
+        by: ``Ctrl-C`` or the name of a signal.
+        fix: The command that goes on from here, if there is one.
+    """
+
+    def __init__(self, by: str = "Ctrl-C", fix: str | None = None):
+        super().__init__(by)
+        self.by = by
+        self.fix = fix
+
+
 def debugging() -> bool:
     """Whether ``FINEGRAFT_DEBUG=1`` asks for tracebacks."""
     return os.environ.get("FINEGRAFT_DEBUG", "") not in ("", "0")
@@ -107,10 +121,16 @@ class Output:
         title = f"[bold]{error.code}[/bold]"
         self.err.print(Panel(body, title=title, title_align="left", border_style="red"))
 
-    def interrupted(self) -> None:
-        """One line for Ctrl-C."""
-        error = FinegraftError("FG-CLI-002", "stopped by Ctrl-C")
-        self.result({"error": error.as_dict()}, lambda _: self.err.print("stopped by Ctrl-C"))
+    def interrupted(self, stop: BaseException | None = None) -> None:
+        """One line for Ctrl-C or ``Stopped``, and one for how to go on."""
+        by, fix = (stop.by, stop.fix) if isinstance(stop, Stopped) else ("Ctrl-C", None)
+        error = FinegraftError("FG-CLI-002", f"stopped by {by}", fix=fix)
+        lines = [error.found, f"Go on with:\n  {fix}"] if fix else [error.found]
+        show = "\n".join(lines)
+        self.result(
+            {"error": error.as_dict()},
+            lambda _: self.err.print(show, markup=False, soft_wrap=True),
+        )
 
     def note(self, words: str) -> None:
         """One dim line on stderr."""

@@ -7,8 +7,13 @@ with what can be typed next. Constraint: no default and no rule about training s
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shlex
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -16,9 +21,15 @@ from rich.console import Console
 
 from finegraft.cli.flags import overrides, with_schema_flags
 from finegraft.cli.help import Help
-from finegraft.cli.output import STATUS_INTERRUPTED, Output, quiet_datasets, quiet_libraries
-from finegraft.cli.progress import clock, progress
-from finegraft.core.errors import ConfigError, did_you_mean
+from finegraft.cli.output import (
+    STATUS_INTERRUPTED,
+    Output,
+    Stopped,
+    quiet_datasets,
+    quiet_libraries,
+)
+from finegraft.cli.progress import Picture, clock, progress
+from finegraft.core.errors import ConfigError, StorageError, did_you_mean
 from finegraft.core.schema import TrainConfig, build, from_file
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -26,10 +37,45 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def run_training(out: Output, config: TrainConfig, *, resume: bool = False) -> Any:
     """Train with progress on stderr and return the ``RunResult``."""
-    with out.busy("starting"), quiet_libraries():
-        from finegraft.training import run
-    with quiet_libraries(), quiet_datasets(), progress(out.err) as listener:
-        return run.train(config, listener=listener, resume=resume)
+    with _terminable():
+        with out.busy("starting"), quiet_libraries():
+            from finegraft.training import run
+        with (
+            quiet_libraries(),
+            quiet_datasets(),
+            progress(out.err) as listener,
+            _way_on(listener.picture, config.output),
+        ):
+            return run.train(config, listener=listener, resume=resume)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block like Ctrl-C, so that what was begun is removed on the way out."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _way_on(picture: Picture, folder: str) -> Iterator[None]:
+    """Give what ends the training itself early the command that goes on with it."""
+    try:
+        yield
+    except (StorageError, KeyboardInterrupt) as end:
+        if picture.phase not in ("training", "saving"):
+            raise
+        fix = resume_command(folder)
+        if isinstance(end, KeyboardInterrupt):
+            raise Stopped(getattr(end, "by", "Ctrl-C"), fix) from None
+        fix = f"free some space, then: {fix}"
+        raise StorageError(end.code, end.found, allowed=end.allowed, fix=fix) from end
 
 
 def summary(result: Any) -> dict[str, Any]:
@@ -133,7 +179,41 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was stopped."""
-    finish(ctx.obj, run_training(ctx.obj, _settings_of(run), resume=True))
+    settings = _settings_of(run)
+    done = _finished(run, settings)
+    if done:
+        ctx.obj.note(f"{run} is finished, so there is nothing to go on with.")
+    finish(ctx.obj, done or run_training(ctx.obj, settings, resume=True))
+
+
+def _finished(folder: Path, settings: TrainConfig) -> Any:
+    """The result of a run whose last event is its end, or None when steps are left.
+
+    Steps are left as well when the length in config.yaml was raised since.
+    """
+    file = folder / "events.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    saved = next((p for p in (folder / "adapter", folder / "model") if p.is_dir()), None)
+    if not events or events[-1]["type"] != "end" or not saved:
+        return None
+    end, start = events[-1], [e for e in events if e["type"] == "start"][-1]
+    if end["step"] < settings.max_steps:
+        return None
+    if settings.max_steps <= 0 and start["epochs"] < settings.num_train_epochs:
+        return None
+    held_out = [e["loss"] for e in events if e["type"] == "eval"]
+    return SimpleNamespace(
+        run=folder,
+        adapter=None if settings.full_finetuning else saved,
+        steps=end["step"],
+        total_steps=end["step"],
+        loss=end["loss"],
+        eval_loss=held_out[-1] if held_out else None,
+        seconds=end["seconds"],
+        tokens=end["tokens"],
+        interrupted=False,
+    )
 
 
 def register(app: typer.Typer) -> None:
