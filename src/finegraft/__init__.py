@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from finegraft.training.arguments import SFTConfig, TrainingArguments
     from finegraft.training.responses import train_on_responses_only
     from finegraft.training.sft import SFTTrainer
+    from finegraft.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _WHERE = {
     "FinegraftError": ("finegraft.core.errors", "FinegraftError"),
     "SFTConfig": ("finegraft.training.arguments", "SFTConfig"),
     "SFTTrainer": ("finegraft.training.sft", "SFTTrainer"),
+    "Trainer": ("finegraft.training.trainer", "Trainer"),
     "TrainingArguments": ("finegraft.training.arguments", "TrainingArguments"),
     "get_chat_template": ("finegraft.data.chat_templates", "get_chat_template"),
     "is_bfloat16_supported": ("finegraft.fast", "is_bfloat16_supported"),
@@ -38,6 +40,7 @@ __all__ = [
     "FinegraftError",
     "SFTConfig",
     "SFTTrainer",
+    "Trainer",
     "TrainingArguments",
     "__version__",
     "get_chat_template",
