@@ -332,3 +332,18 @@ def test_saved_folder_opens_in_plain_peft(tmp_path):
     made.model.eval()
     difference = (plain(input_ids=ids).logits - made.model(input_ids=ids).logits).abs().max()
     assert difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("columns", "text_is_learnt"),
+    [
+        ({"instruction": "bye", "input": "", "output": "bye"}, True),
+        ({"conversations": [{"from": "human", "value": "bye"}]}, True),
+        ({"prompt": "bye", "completion": "bye"}, False),
+        ({"messages": [{"role": r, "content": "bye"} for r in ("user", "assistant")]}, False),
+    ],
+)
+def test_a_text_made_from_other_columns_is_what_is_learnt(tmp_path, columns, text_is_learnt):
+    made = trainer(tmp_path, data=Dataset.from_list([{**columns, "text": "hello world"}] * 2))
+    text = made.processing_class.decode(made.train_dataset[0]["input_ids"])
+    assert ("hello world" in text) is text_is_learnt

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset | list
 _STREAM_BATCH_ROWS = 1000
+_OWN_LAYOUT = {"messages", "completion"}  # these come before a text column, as in trl
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,12 @@ def _prepare(rows: list[Mapping[str, Any]], how: Rendering) -> Prepared:
     tools = None
     if how.formatting_func is not None:
         conversations = formatted(rows, how.formatting_func)
-    elif how.text_field != "text" and how.text_field in rows[0]:
+    elif how.text_field in rows[0] and (how.text_field != "text" or not _OWN_LAYOUT & {*rows[0]}):
+        # the text was made from the other columns, as notebooks do with Dataset.map
         _, layout = layouts.detect([{"text": rows[0][how.text_field]}], "text")
         conversations = layouts.conversations([{"text": r[how.text_field]} for r in rows], layout)
     else:
-        chosen = "text" if how.text_field in rows[0] and "messages" not in rows[0] else None
-        _, layout = layouts.detect(rows, chosen)
+        _, layout = layouts.detect(rows)
         conversations = layouts.conversations(rows, layout)
         tools = layouts.tools_of(rows)
     return prepare(
