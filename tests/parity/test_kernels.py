@@ -1,7 +1,7 @@
 """Every kernel against its plain-torch twin in float64: the output and every gradient.
 
 Our error in float32 and bfloat16 is at most twice the error that the reference itself makes in the
-same precision, plus one rounding step of the largest value.
+same precision, plus one rounding step.
 """
 
 from __future__ import annotations
@@ -51,15 +51,16 @@ def test_output_and_every_gradient(op, implementation, case, dtype):
         case.grads,
     )
     truth = run(op.reference, rounded, torch.float64)
-    stock = run(op.reference, rounded, dtype)
+    stock = run(op.stock or op.reference, rounded, dtype)
     ours = run(op.implementations[implementation], rounded, dtype)
     for name, exact in truth.items():
         # In float64 the reference is the truth itself, so sums in another order need some room.
         steps = 64 if dtype == torch.float64 else 1
-        rounding = steps * torch.finfo(dtype).eps * exact.abs().max()
-        allowed = 2 * (stock[name].double() - exact).abs().max() + rounding
-        error = (ours[name].double() - exact).abs().max()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        eps = steps * torch.finfo(dtype).eps
+        theirs, mine = stock[name].double() - exact, ours[name].double() - exact
+        # The norm is the measure; one element may stray further, which the maximum bounds.
+        assert mine.norm() <= 2 * theirs.norm() + eps * exact.norm(), name
+        assert mine.abs().max() <= 3 * theirs.abs().max() + eps * exact.abs().max(), name
 
 
 def test_linear_cross_entropy_computes_no_gradient_in_evaluation():

@@ -185,6 +185,13 @@ def test_formatting_functions_of_every_kind(tmp_path, function):
     assert texts == [one(row) + tok.eos_token for row in rows()]
 
 
+def test_a_text_column_made_beside_others_is_what_is_learnt(tmp_path):
+    talk = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "bye"}]
+    made = trainer(tmp_path, data=[{"conversations": talk, "text": "hello world bye"}])
+    tok = made.processing_class
+    assert tok.decode(made.train_dataset[0]["input_ids"]) == "hello world bye" + tok.eos_token
+
+
 def test_a_formatting_function_that_loses_rows_is_refused(tmp_path):
     with pytest.raises(DataError, match="FG-DATA-020"):
         trainer(tmp_path, more={"formatting_func": lambda batch: ["one"]})
@@ -326,6 +333,7 @@ def test_saved_folder_opens_in_plain_peft(tmp_path):
     made.train()
     made.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "special_tokens_map.json").is_file()
+    assert (tmp_path / "saved" / "finegraft.json").is_file()
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="float32")
     plain = peft.PeftModel.from_pretrained(base, tmp_path / "saved").eval()
     ids = torch.tensor([[5, 9, 33, 2, 77, 8]])

@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
-    "num_train_epochs": 3,
+    "num_train_epochs": 2,
     "per_device_train_batch_size": 16,
 }
 WIDEST_CELL = 90

@@ -29,10 +29,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: specification, implementations and contract."""
+    """One operation: specification, implementations and contract.
+
+    Attributes:
+        reference: Plain torch; in float64 it is the truth.
+        implementations: By name, each with the reference's signature.
+        unsupported: Why inputs are refused, or None.
+        mutates: Names of inputs that are written to.
+        cases: Parity cases on odd shapes.
+        stock: What transformers runs instead, whose error in the same precision is the yardstick;
+            None where that is the reference's own composition.
+    """
 
     reference: Callable[..., Any]
     implementations: Mapping[str, Callable[..., Any]]
     unsupported: Callable[..., str | None]
     mutates: tuple[str, ...]
     cases: Callable[[], Iterator[Case]]
+    stock: Callable[..., Any] | None = None

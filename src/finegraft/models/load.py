@@ -280,7 +280,7 @@ def _build(
             raise _bad_config(
                 path / "config.json",
                 f"model_type '{config.model_type}' has no model for the task '{task}'",
-                "use FastLanguageModel for chat models and FastClassifier for encoders",
+                "use a chat model; an encoder needs task='sequence-classification'",
             ) from error
         raise
     except RuntimeError as error:
@@ -315,7 +315,7 @@ def _require_complete(
             f"shape, {', '.join(lacking[:3])} for instance; they would have been random",
             allowed="weights for every layer of the model",
             fix="fetch or save the model again"
-            + ("" if classify else "; to classify with an encoder, use FastClassifier"),
+            + ("" if classify else "; encoders load with task='sequence-classification'"),
         )
     if absent:
         log.info("new, to be trained: %s", ", ".join(absent))

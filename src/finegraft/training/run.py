@@ -141,13 +141,16 @@ def _require_same_data(run: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _removed_on_error(run: Path) -> Iterator[None]:
-    """Remove a run folder that the block made, if the block fails."""
-    existed = run.exists()
+    """Remove a run folder that the block made, and its parents, if the block fails."""
+    made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         yield
     except BaseException:
-        if not existed:
-            shutil.rmtree(run, ignore_errors=True)
+        for path in made[:1]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in made[1:]:  # `runs/`, if this was to be the first one; others may be in it
+            with contextlib.suppress(OSError):
+                path.rmdir()
         raise
 
 
@@ -327,6 +330,4 @@ def _save(config: TrainConfig, trainer: SFTTrainer, run: Path) -> Path:
     final = run / ("model" if config.full_finetuning else "adapter")
     with checkpoint.full_disk_named(final), whole_folder(final) as folder:
         trainer.save_model(str(folder))
-        if not config.full_finetuning:
-            directory.write_note(trainer.model, folder)
     return final

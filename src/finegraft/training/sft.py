@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from finegraft.adapters import directory, lora
 from finegraft.core.arguments import Drop, Rename, translate
-from finegraft.models import causal_loss, quantize, swap
+from finegraft.models import causal_loss, families, quantize, swap
 from finegraft.models.locate import locate
 from finegraft.models.tokenizer import prepare
 from finegraft.training import checkpoint
@@ -95,19 +95,21 @@ class SFTTrainer(trl.SFTTrainer):
         model, processing_class = _loaded(model, processing_class)
         quantize.protect(model)  # an eval forward of a stock 4-bit model would repack its weights
         self.rendering = _rendering(args, processing_class, formatting_func)
+        self.fast_loss = causal_loss.apply(model)
+        families.apply(model)
+        flat = families.is_padding_free(model)
         self.tokens_seen = 0
         with _own_forward(model), _own_dtypes(model):
             super().__init__(
                 model=model,
                 args=_without_preparation(args, model),
-                data_collator=data_collator or Collator(processing_class.pad_token_id or 0),
+                data_collator=data_collator or Collator(processing_class.pad_token_id or 0, flat),
                 train_dataset=encode(train_dataset, self.rendering),
                 eval_dataset=self._encode_eval(eval_dataset),
                 processing_class=processing_class,
                 peft_config=peft_config,
                 **given,
             )
-        self.fast_loss = causal_loss.apply(self.model)
         lora.accelerate(self.model)
         logger.info("%s", swap.summary(self.model))
 
@@ -184,6 +186,8 @@ class SFTTrainer(trl.SFTTrainer):
         with checkpoint.full_disk_named(Path(output_dir)):
             super()._save(output_dir, state_dict)
             save_special_tokens(self.processing_class, Path(output_dir))
+            if hasattr(self.model, "get_base_model"):
+                directory.write_note(self.model, Path(output_dir))
 
 
 def save_special_tokens(tokenizer: Any, folder: Path) -> None:
@@ -257,5 +261,7 @@ def _own_dtypes(model: Any) -> Iterator[None]:
 
 
 def _real_tokens(inputs: dict[str, Any]) -> int:
+    if "seq_lengths" in inputs:
+        return int(inputs["seq_lengths"][:-1].sum())  # the last one is the filling
     mask = inputs.get("attention_mask")
     return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()

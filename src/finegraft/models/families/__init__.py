@@ -1,0 +1,46 @@
+"""Families of models, one file each, named after ``config.model_type``.
+
+What: ``apply`` swaps the modules of a known family to fast classes; an unknown family stays stock
+and the report says so. Constraint: dispatch is on ``model_type`` and on exact module classes.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from finegraft.core.registry import Registry
+from finegraft.models import swap
+from finegraft.models.families._contract import Family
+
+__all__ = ["FAMILIES", "Family", "apply", "is_padding_free"]
+
+FAMILIES: Registry[Family] = Registry("finegraft.models.families", "SPEC", "family")
+
+
+def apply(model: nn.Module) -> int:
+    """Swap the modules of ``model`` (itself or what peft wraps); return how many are fast."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = core.config.get_text_config()
+    decoder = getattr(core, core.base_model_prefix, core)
+    if config.model_type not in FAMILIES.names():
+        swap.refuse(decoder, f"no family file for model_type '{config.model_type}'")
+        return 0
+    family = FAMILIES.get(config.model_type)
+    reason = family.refuses(config)
+    if reason is not None:
+        swap.refuse(decoder, reason)
+        return 0
+    count = 0
+    for module in core.modules():
+        make = family.swaps.get(type(module).__name__)
+        if make is not None:
+            count += swap.swap(module, make(type(module)))
+    return count
+
+
+def is_padding_free(model: nn.Module) -> bool:
+    """Whether the model takes flat batches: documents behind one another, no padding."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(core, core.base_model_prefix, core)
+    on_cpu = next(core.parameters()).device.type == "cpu"
+    return on_cpu and swap.is_swapped(decoder) and getattr(decoder, "takes_documents", False)

@@ -1,0 +1,110 @@
+"""Fast classes for decoders of the Llama shape, shared by their family files.
+
+What: a model that takes flat batches of documents, attention inside documents, rotary, RMS norm
+and gated MLP through our kernels. How: each class is made once from the stock class it replaces;
+with a flat batch on a CPU our path runs, in every other call (generation, padded batches, caches)
+the stock forward does. Constraint: same parameters, same state-dict keys, same results within
+rounding. Trade-off: on GPUs attention stays stock until its kernel has been measured there.
+
+Shapes: t tokens of a flat batch, d hidden, h heads, k key heads, f features of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from finegraft.kernels.document_attention import Documents, document_attention
+from finegraft.kernels.rms_norm import rms_norm
+from finegraft.kernels.rotary import rotary
+from finegraft.kernels.swiglu import swiglu
+
+
+class DocumentModel:
+    """Decoder stack whose forward takes ``seq_lengths``, the documents of a flat batch."""
+
+    takes_documents = True
+
+    def forward(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        """Stock forward, or with ``seq_lengths`` [n] the flat path without mask and cache."""
+        lengths = kwargs.pop("seq_lengths", None)
+        if lengths is None:
+            return super().forward(input_ids, **kwargs)
+        documents = Documents(lengths.tolist())
+        embedded = kwargs.get("inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if embedded is None else embedded  # [1, t, d]
+        positions = kwargs["position_ids"]
+        cos, sin = self.rotary_emb(hidden, position_ids=positions)  # [1, t, f]
+        half = cos.shape[-1] // 2
+        angles = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden = layer(hidden, position_embeddings=angles, documents=documents)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+class DocumentAttention:
+    """Attention that takes ``documents`` and angles as [t, f / 2]."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stock forward, or with ``documents`` causal attention inside each of them."""
+        documents = kwargs.pop("documents", None)
+        if documents is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        t = hidden_states.shape[1]
+        query = self._heads(self.q_proj, "q_norm", hidden_states, t)  # [t, h, f]
+        key = self._heads(self.k_proj, "k_norm", hidden_states, t)  # [t, k, f]
+        value = self.v_proj(hidden_states).view(t, -1, self.head_dim)
+        window = getattr(self, "sliding_window", None)
+        out = document_attention(
+            rotary(query, cos, sin), rotary(key, cos, sin), value, documents, self.scaling, window
+        )
+        return self.o_proj(out.reshape(1, t, -1)), None
+
+    def _heads(self: Any, project: Any, norm: str, hidden: torch.Tensor, t: int) -> torch.Tensor:
+        heads = project(hidden).view(t, -1, self.head_dim)
+        return getattr(self, norm)(heads) if hasattr(self, norm) else heads
+
+
+class FusedRmsNorm:
+    """RMS norm through our kernel while gradients are needed."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Stock result; no float32 copy is kept for backward."""
+        if not torch.is_grad_enabled() or hidden_states.is_cuda:
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class FusedGatedMlp:
+    """Gated MLP whose activation and product are one function."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """Stock result; only gate and up are kept for backward."""
+        if not torch.is_grad_enabled() or x.is_cuda:
+            return super().forward(x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def fast(mixin: type) -> Any:
+    """Return a function that makes the fast class of a stock class by mixing in ``mixin``."""
+
+    @functools.cache
+    def make(stock_class: type[nn.Module]) -> type[nn.Module]:
+        body = {"stock_class": stock_class, "__module__": __name__}
+        return type(f"Fast{stock_class.__name__}", (mixin, stock_class), body)
+
+    return make
+
+
+def refuses(config: Any) -> str | None:
+    """Why a configuration of this shape stays stock, or None."""
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+        return f"activation {config.hidden_act} has no kernel"
+    if getattr(config, "attention_dropout", 0.0):
+        return "dropout on attention weights has no kernel"
+    return None
