@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_models_load import tiny
 
-from finegraft.core.errors import ConfigError
+from finegraft.core.errors import ConfigError, ModelError
 from finegraft.models import quantize
 from finegraft.models.load import load_model
 
@@ -85,3 +85,11 @@ def test_both_flags_are_refused(folder):
 
 def test_neither_flag_is_no_quantisation():
     assert quantize.config_for(False, False, torch.float32) is None
+
+
+def test_weights_that_an_evaluation_repacked_are_refused(folder):
+    model = load_model(folder, load_in_4bit=True, dtype="bfloat16", device_map="cpu")
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight.quant_state.packing_format_for_cpu = True  # as bitsandbytes marks them
+    with pytest.raises(ModelError, match="FG-MODEL-014: this 4-bit model was evaluated before"):
+        quantize.protect(model)

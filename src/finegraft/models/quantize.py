@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finegraft.core.errors import ConfigError
+from finegraft.core.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +59,20 @@ def protect(model: PreTrainedModel) -> int:
     """Keep every 4-bit layer from repacking its weights, and return how many there are.
 
     Must run before the first forward. Harmless on GPUs and on CPUs without AVX512-BF16.
+
+    Raises:
+        ModelError: FG-MODEL-014, the weights were repacked by an evaluation already.
     """
     from bitsandbytes.nn import Linear4bit
 
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for layer in layers:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ModelError(
+                "FG-MODEL-014",
+                "this 4-bit model was evaluated before training, which repacked its weights",
+                allowed="a 4-bit model that has answered nothing yet, or FastLanguageModel's",
+                fix="load it again; to ask it first, call finegraft.models.quantize.protect(model)",
+            )
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
