@@ -11,6 +11,7 @@ Trade-off: the whole text is learnt, prompt included, as such notebooks do.
 
 import argparse
 import sys
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import TextStreamer
@@ -22,6 +23,7 @@ from finegraft import (
     TrainingArguments,
     is_bfloat16_supported,
 )
+from finegraft.core.paths import require_writable
 from finegraft.data import yoda
 
 max_seq_length = 2048
@@ -145,6 +147,7 @@ def load(name, options):
 def main():
     """Ask, train, save, reload, ask again."""
     options = arguments()
+    require_writable(Path(options.output))
     model, tokenizer = load("demo", options)
     print("--- before")
     answer(model, tokenizer)
@@ -159,18 +162,24 @@ def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-4bit", action="store_true", help="do not quantize the base")
-    parser.add_argument("--steps", type=at_least_one, default=60)
-    parser.add_argument("--batch", type=at_least_one, default=1, help="rows a micro-batch of four")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=positive(int), default=60)
+    parser.add_argument("--batch", type=positive(int), default=1, help="rows a micro-batch of four")
+    parser.add_argument("--learning-rate", type=positive(float), default=1e-3)
     parser.add_argument("--output", default="outputs/lora_model", help="folder of the adapter")
     return parser.parse_args()
 
 
-def at_least_one(text):
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def positive(kind):
+    """A reader of numbers above zero."""
+
+    def number(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
 
 
 if __name__ == "__main__":

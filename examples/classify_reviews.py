@@ -10,6 +10,7 @@ minutes; ``--train-rows 8000`` takes longer and does a little better.
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from transformers import (
 
 import finegraft
 from finegraft import Trainer, TrainingArguments
+from finegraft.core.paths import require_writable
 from finegraft.data import reviews
 
 id2label = {0: "Negative", 1: "Positive"}
@@ -75,6 +77,7 @@ def compute_metrics(p):
 def main():
     """Load, predict, train, predict again, save."""
     options = arguments()
+    require_writable(Path(options.output))
     set_seed(3407)
     model_checkpoint = finegraft.local_model("demo-encoder")
     tokenizer = AutoTokenizer.from_pretrained(model_checkpoint)
@@ -128,20 +131,26 @@ def main():
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train-rows", type=at_least_one, default=2000)
-    parser.add_argument("--validation-rows", type=at_least_one, default=500)
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--steps", type=at_least_one, help="stop after this many steps")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--train-rows", type=positive(int), default=2000)
+    parser.add_argument("--validation-rows", type=positive(int), default=500)
+    parser.add_argument("--epochs", type=positive(float), default=3.0)
+    parser.add_argument("--steps", type=positive(int), help="stop after this many steps")
+    parser.add_argument("--learning-rate", type=positive(float), default=1e-3)
     parser.add_argument("--output", default="outputs/review-classifier", help="adapter folder")
     return parser.parse_args()
 
 
-def at_least_one(text):
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def positive(kind):
+    """A reader of numbers above zero."""
+
+    def number(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import finegraft
 from finegraft import SFTConfig, SFTTrainer
+from finegraft.core.paths import require_writable
 from finegraft.data import yoda
 
 HELD_OUT = 60
@@ -157,6 +159,7 @@ def ask(model, tokenizer, rows):
 def main():
     """Load, adapt, train, ask, save."""
     options = arguments()
+    require_writable(Path(options.output))
     set_seed(3407)
     repo_id, model = load(options.bits)
     print(f"Memory of the model: {model.get_memory_footprint() / 1e6:.1f} MB")
@@ -201,29 +204,33 @@ def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4, help="of the base")
-    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the 660 rows")
-    parser.add_argument("--steps", type=at_least_one, help="stop after this many steps")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--ask", type=range_to(HELD_OUT), default=6, help="sentences to answer")
+    parser.add_argument(
+        "--epochs", type=positive(float), default=3.0, help="passes over the 660 rows"
+    )
+    parser.add_argument("--steps", type=positive(int), help="stop after this many steps")
+    parser.add_argument("--learning-rate", type=positive(float), default=2e-3)
+    parser.add_argument(
+        "--ask",
+        type=int,
+        choices=range(1, HELD_OUT + 1),
+        default=6,
+        metavar="N",
+        help="sentences to answer",
+    )
     parser.add_argument("--output", default="outputs/yoda-adapter", help="folder of the adapter")
     return parser.parse_args()
 
 
-def at_least_one(text):
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
-
-
-def range_to(most):
-    """A reader of whole numbers from 1 to ``most``."""
+def positive(kind):
+    """A reader of numbers above zero."""
 
     def number(text):
-        if not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between 1 and {most}")
-        return int(text)
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
 
+    number.__name__ = kind.__name__
     return number
 
 
