@@ -94,9 +94,13 @@ def near(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``did you mean 'x'?`` for a near name, else the first known names."""
+    """Return ``did you mean 'x'?`` for a near name, else the first known names.
+
+    The end of a longer name comes first: ``batch_size`` of ``per_device_train_batch_size``.
+    """
+    known = list(known)
     names = sorted(known)
-    close = near(name, names)
+    close = next((k for k in known if k.endswith(f"_{name}")), None) or near(name, names)
     if close:
         return f"did you mean '{close}'?"
     return "use one of " + ", ".join(names[:40])

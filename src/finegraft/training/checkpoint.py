@@ -8,6 +8,7 @@ the older checkpoints as they were and never a folder that looks complete and is
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from finegraft.core.paths import storage_error, whole_folder
 
 PREFIX = "checkpoint-"
 _STATE = "trainer_state.json"
+_TORCH_WRITES = ("PytorchStreamWriter failed", "unexpected pos", "No space left")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -49,8 +51,10 @@ def full_disk_named(path: Path) -> Iterator[None]:
         raise storage_error(error, path) from error
     except (SafetensorError, RuntimeError) as error:
         words = str(error)
-        torch_write = "PytorchStreamWriter failed" in words or "unexpected pos" in words
-        if "os error 28" in words or "No space left" in words or torch_write:
+        named = re.search(r"os error (\d+)", words)  # how Rust shows an errno
+        if named:
+            raise storage_error(OSError(int(named[1]), words), path) from error
+        if any(sign in words for sign in _TORCH_WRITES):
             raise storage_error(OSError(errno.ENOSPC, words), path) from error
         raise
 
