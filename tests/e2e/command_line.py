@@ -59,8 +59,9 @@ def write_rows(path: Path, rows: list[dict] | int = 32) -> Path:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread, no color, nothing of the hub but what ``extra`` says."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("FINEGRAFT_DEBUG", "HF_TOKEN")}
+    """One thread, 80 columns, nothing of the hub but what ``extra`` says."""
+    dropped = ("FINEGRAFT_DEBUG", "HF_", "HUGGING", "TRANSFORMERS_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "HF_ENDPOINT": NOWHERE, **extra}
 
 
