@@ -30,6 +30,7 @@ from finegraft.cli.output import (
 )
 from finegraft.cli.progress import Picture, clock, progress
 from finegraft.core.errors import ConfigError, StorageError, did_you_mean
+from finegraft.core.process import keep_freed_memory
 from finegraft.core.schema import TrainConfig, build, from_file
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -37,6 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def run_training(out: Output, config: TrainConfig, *, resume: bool = False) -> Any:
     """Train with progress on stderr and return the ``RunResult``."""
+    keep_freed_memory()
     with _terminable():
         with out.busy("starting"), quiet_libraries():
             from finegraft.training import run

@@ -22,6 +22,7 @@ from finegraft.kernels.document_attention import Documents, document_attention
 from finegraft.kernels.rms_norm import rms_norm
 from finegraft.kernels.rotary import rotary
 from finegraft.kernels.swiglu import swiglu
+from finegraft.models.families._contract import Family
 
 
 class DocumentModel:
@@ -55,19 +56,32 @@ class DocumentAttention:
         if documents is None:
             return super().forward(hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
-        t = hidden_states.shape[1]
-        query = self._heads(self.q_proj, "q_norm", hidden_states, t)  # [t, h, f]
-        key = self._heads(self.k_proj, "k_norm", hidden_states, t)  # [t, k, f]
-        value = self.v_proj(hidden_states).view(t, -1, self.head_dim)
-        window = getattr(self, "sliding_window", None)
+        query, key, value = self._project(hidden_states[0])
+        # Families that slide in every layer say so in the configuration, others in the module.
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         out = document_attention(
             rotary(query, cos, sin), rotary(key, cos, sin), value, documents, self.scaling, window
         )
-        return self.o_proj(out.reshape(1, t, -1)), None
+        return self.o_proj(out.reshape(1, out.shape[0], -1)), None
 
-    def _heads(self: Any, project: Any, norm: str, hidden: torch.Tensor, t: int) -> torch.Tensor:
-        heads = project(hidden).view(t, -1, self.head_dim)
-        return getattr(self, norm)(heads) if hasattr(self, norm) else heads
+    def _project(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[t, d] to query [t, h, f], key and value [t, k, f]."""
+        query, key, value = (
+            project(hidden).view(hidden.shape[0], -1, self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+
+class FusedQkvAttention(DocumentAttention):
+    """The same for families that store q, k and v as one projection."""
+
+    def _project(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        heads, keys = self.config.num_attention_heads, self.config.num_key_value_heads
+        qkv = self.qkv_proj(hidden).view(hidden.shape[0], -1, self.head_dim)
+        return qkv.split([heads, keys, keys], 1)
 
 
 class FusedRmsNorm:
@@ -90,6 +104,17 @@ class FusedGatedMlp:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class FusedGateUpMlp:
+    """The same for families that store gate and up as one projection."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Stock result; only gate and up are kept for backward."""
+        if not torch.is_grad_enabled() or hidden_states.is_cuda:
+            return super().forward(hidden_states)
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(swiglu(gate, up))
+
+
 def fast(mixin: type) -> Any:
     """Return a function that makes the fast class of a stock class by mixing in ``mixin``."""
 
@@ -108,3 +133,42 @@ def refuses(config: Any) -> str | None:
     if getattr(config, "attention_dropout", 0.0):
         return "dropout on attention weights has no kernel"
     return None
+
+
+def family(prefix: str, *, fused: bool = False, **tiny_settings: Any) -> Family:
+    """The record of a family of the Llama shape whose classes are called ``<prefix>Model`` ...
+
+    Args:
+        prefix: Of transformers' class names.
+        fused: q, k, v are one projection, and so are gate and up.
+        tiny_settings: Fields of the tiny configuration besides the common ones.
+    """
+    return Family(
+        swaps={
+            f"{prefix}Model": fast(DocumentModel),
+            f"{prefix}Attention": fast(FusedQkvAttention if fused else DocumentAttention),
+            f"{prefix}MLP": fast(FusedGateUpMlp if fused else FusedGatedMlp),
+            f"{prefix}RMSNorm": fast(FusedRmsNorm),
+        },
+        refuses=refuses,
+        tiny=functools.partial(_tiny, prefix, tiny_settings),
+    )
+
+
+def _tiny(prefix: str, settings: dict[str, Any]) -> Any:
+    """Two layers with grouped-query attention and weights wide enough to show a wrong path."""
+    import transformers
+
+    common = {
+        "vocab_size": 131,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    config = getattr(transformers, f"{prefix}Config")(**{**common, **settings})
+    return getattr(transformers, f"{prefix}ForCausalLM")(config)

@@ -1,0 +1,108 @@
+"""Machine facts, and a result as table, picture, JSON and README section."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "trl-float32": "trl + peft, float32, padded",
+    "trl-bf16": "trl + peft, bf16 weights, padded",
+    "peft-bare-bf16": "peft in a bare loop, bf16, no trainer",
+    "finegraft": "finegraft, as a library",
+    "finegraft-cli": "finegraft, with the command line's allocator setting",
+}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What ran it, without names that identify a host."""
+    from finegraft.core.hardware import facts
+
+    found = facts()
+    return {
+        "cpu": found.cpu,
+        "threads": threads,
+        "native_bf16": found.cpu_bf16,
+        "memory_gb": round(found.memory_bytes / 2**30),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The libraries that matter for speed."""
+    names = ("torch", "transformers", "peft", "trl", "accelerate", "finegraft")
+    return {name: version(name) for name in names}
+
+
+def product_rate(threads: int) -> float:
+    """Best bf16 product rate of this machine in flop/s, at a shape of the model itself."""
+    import torch
+
+    torch.set_num_threads(threads)
+    a = torch.randn(1024, 576).bfloat16()
+    b = torch.randn(1536, 576).bfloat16()
+    rates = []
+    for _ in range(12):
+        started = time.perf_counter()
+        for _ in range(20):
+            torch.nn.functional.linear(a, b)
+        rates.append(20 * 2 * 1024 * 576 * 1536 / (time.perf_counter() - started))
+    return statistics.median(sorted(rates)[6:])
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write JSON and PNG, and print the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    picture(result, path.with_suffix(".png"))
+    print(table(result))
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    best = result["rows"][-1]
+    lines = [
+        "| contender | tokens/s | rows/s | peak memory | held-out loss | finegraft is |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        ratio = best["tokens_per_second"] / row["tokens_per_second"]
+        lines.append(
+            f"| {LABELS.get(row['contender'], row['contender'])} "
+            f"| {row['tokens_per_second']:.0f} | {row['rows_per_second']:.1f} "
+            f"| {row['peak_memory_bytes'] / 1e9:.1f} GB | {row['heldout_loss']:.3f} "
+            f"| {ratio:.1f}x |"
+        )
+    facts = result["machine"]
+    lines += [
+        "",
+        f"{result['task']}; {facts['threads']} threads of {facts['cpu']}"
+        f"{', native bf16' if facts['native_bf16'] else ''}, {facts['date']}, torch "
+        f"{result['versions']['torch']}, transformers {result['versions']['transformers']}, trl "
+        f"{result['versions']['trl']}; median of alternating steps in one run. finegraft's matrix "
+        f"products alone are {result['roofline_fraction']:.0%} of what this machine does.",
+    ]
+    return "\n".join(lines)
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Bars of tokens a second."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.add_subplot()
+    names = [LABELS.get(row["contender"], row["contender"]) for row in result["rows"]]
+    values = [row["tokens_per_second"] for row in result["rows"]]
+    colours = ["C1" if "finegraft" in name else "C0" for name in names]
+    bars = axes.barh(names, values, color=colours)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("real tokens a second")
+    figure.savefig(path, dpi=120)

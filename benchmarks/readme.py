@@ -1,0 +1,40 @@
+"""Put the newest results into the README, between its benchmark markers.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import _report
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
+
+
+def section() -> str:
+    """All committed results as Markdown, with the commands that made them."""
+    parts = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(
+            f"`python benchmarks/{path.stem}.py` on one machine:\n\n{_report.table(result)}"
+        )
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    readme.write_text(f"{before}{START}\n{section()}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
