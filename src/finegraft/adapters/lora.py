@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from finegraft.adapters._contract import Method
-from finegraft.core.errors import AdapterError, did_you_mean
+from finegraft.core.errors import AdapterError, near
 from finegraft.kernels.lora_linear import lora_linear
 from finegraft.models import swap
 
@@ -126,12 +126,14 @@ def check_targets(model: nn.Module, targets: list[str] | str) -> None:
         missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in every)]
     if missing:
         known = linear_names(model)
+        close = near(missing[0], known)
         raise AdapterError(
             "FG-ADAPT-001",
             f"target_modules names {', '.join(map(repr, missing))}, which this "
             f"{type(model).__name__} does not have",
             allowed=", ".join(f"{name} ({count})" for name, count in known.items()),
-            fix=f"{did_you_mean(missing[0], known)} Or pass target_modules='{ALL_LINEAR}'",
+            fix=(f"did you mean '{close}'? Or " if close else "")
+            + f"pass target_modules='{ALL_LINEAR}'",
         )
 
 

@@ -159,6 +159,18 @@ class _LogLines(logging.Handler):
 
 
 @contextlib.contextmanager
+def only_warnings() -> Iterator[None]:
+    """Leave out what finegraft's log says beyond warnings, for one block."""
+    log = logging.getLogger("finegraft")
+    level = log.level
+    log.setLevel(logging.INFO if debugging() else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence the bars and chatter of other libraries for a block, by their own switches.
 

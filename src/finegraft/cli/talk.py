@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from finegraft.cli.help import Help
-from finegraft.cli.output import Output, quiet_libraries
+from finegraft.cli.output import Output, only_warnings, quiet_libraries
 from finegraft.core.errors import ConfigError, DataError
 
 Model = Annotated[
@@ -52,7 +52,7 @@ HELP = """\
 
 def load(out: Output, name: str, load_in_4bit: bool) -> tuple[Any, Any]:
     """Load a model for answering, with a spinner in a terminal."""
-    with out.busy(f"loading {name}"), quiet_libraries():
+    with out.busy(f"loading {name}"), quiet_libraries(), only_warnings():
         from finegraft.fast import FastLanguageModel
 
         # no length: a chat may use all the positions that the model has

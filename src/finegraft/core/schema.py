@@ -114,11 +114,14 @@ def build(values: dict[str, Any], source: str = "the arguments") -> TrainConfig:
                 problems.append(f"'{key}' is missing ({TrainConfig.model_fields[key].description})")
             else:
                 problems.append(f"'{key}' is {item['input']!r}: {item['msg']}")
+        only_missing = all(item["type"] == "missing" for item in error.errors())
         raise ConfigError(
             "FG-CONF-001",
             f"{source}: " + "; ".join(problems),
             allowed="the keys that `finegraft train --help` lists",
-            fix="correct the keys named above",
+            fix="for example: finegraft train --model demo --data rows.jsonl"
+            if only_missing
+            else "correct the keys named above",
         ) from None
     return _consistent(config, source)
 
