@@ -21,6 +21,8 @@ from command_line import COMMAND, NOWHERE, environment, finegraft, make_model, w
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hubserver import HubServer, Repo
 
+# with a limit on file sizes, Python would leave cut .pyc files behind and trip over them later
+NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}
 LONGEST = 420  # characters of one part of a message: about five lines at 80 columns
 
 
@@ -338,7 +340,7 @@ def without_mounts(place, command):
         done = subprocess.run(
             [*words, "--json"],
             cwd=place,
-            env=environment(),
+            env=environment(**NO_BYTECODE),
             capture_output=True,
             text=True,
             **options,
@@ -365,7 +367,7 @@ def test_a_disk_without_room_for_the_settings(place):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
-    error = refused("FG-DISK-001", *train(), cwd=place, preexec_fn=limit)
+    error = refused("FG-DISK-001", *train(), cwd=place, preexec_fn=limit, **NO_BYTECODE)
     assert "out/run/config.yaml" in error["found"]
 
 
