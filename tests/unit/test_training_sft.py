@@ -17,6 +17,7 @@ from training_tiny import llama, rows, tokenizer
 import finegraft
 from finegraft.adapters import lora
 from finegraft.core.errors import ArgumentError, DataError, StorageError
+from finegraft.inference.score import heldout_loss
 from finegraft.training import checkpoint
 from finegraft.training.collate import Collator
 
@@ -77,6 +78,14 @@ def test_packed_loss_equals_unpacked(tmp_path):
     assert max(len(lengths) for lengths in packing.train_dataset["seq_lengths"]) > 1
     packed = packing.evaluate(packing.train_dataset)["eval_loss"]
     assert packed == pytest.approx(unpacked, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 12])
+def test_held_out_loss_weighs_tokens_alike_at_every_batch_size(tmp_path, batch):
+    made = trainer(tmp_path, llama(), per_device_eval_batch_size=batch)
+    data = made.train_dataset
+    expected = heldout_loss(llama(), data["input_ids"], data["labels"])
+    assert made.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_packed_documents_do_not_see_each_other(tmp_path):

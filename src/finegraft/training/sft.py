@@ -29,7 +29,7 @@ from finegraft.models.locate import locate
 from finegraft.models.tokenizer import prepare
 from finegraft.training import checkpoint
 from finegraft.training.arguments import LEGACY, SFTConfig
-from finegraft.training.collate import Collator
+from finegraft.training.collate import IGNORED, Collator
 from finegraft.training.dataset import Rendering, encode
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class SFTTrainer(trl.SFTTrainer):
         families.apply(model)
         flat = families.is_padding_free(model)
         self.tokens_seen = 0
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
         with _own_forward(model), _own_dtypes(model):
             super().__init__(
                 model=model,
@@ -148,6 +149,9 @@ class SFTTrainer(trl.SFTTrainer):
         extra = {"loss_only": not return_outputs} if self.fast_loss else {}
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch, **extra)
         loss = outputs.loss
+        if not self.model.training:
+            labelled = (inputs["labels"][..., 1:] != IGNORED).sum()
+            self._evaluated += torch.stack([loss.detach().double() * labelled, labelled.double()])
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over the ranks
         return (loss, outputs) if return_outputs else loss
@@ -158,6 +162,16 @@ class SFTTrainer(trl.SFTTrainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock loop, with a loss that weighs tokens alike whatever the batch size."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        total, labelled = self.accelerator.gather(self._evaluated[None]).sum(0).tolist()
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if labelled and name in output.metrics:
+            output.metrics[name] = total / labelled
+        return output
 
     def _get_output_dir(self, trial: Any) -> str:
         staging = getattr(self, "_staging", None)
