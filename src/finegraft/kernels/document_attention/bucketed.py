@@ -28,6 +28,11 @@ def document_attention(
     window: int | None = None,
 ) -> torch.Tensor:
     """Same contract as the reference; differentiable in ``query``, ``key`` and ``value``."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # in one dtype, as autocast does around torch's attention
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+        with torch.autocast(kind, enabled=False):
+            return document_attention(q, k, v, documents, scale, window)
     if not documents.long and len(documents.buckets) == 1 and documents.buckets[0].whole:
         bucket = documents.buckets[0]
         whole: torch.Tensor = _Short.apply(query, key, value, bucket, scale, window)
