@@ -66,6 +66,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def by_step(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return one event of ``kind`` a step: the last, because a resumed run tells steps again."""
+    return list({event["step"]: event for event in events if event["type"] == kind}.values())
+
+
 def memory_bytes() -> int:
     """Memory in use: allocated on the GPU, else resident in this process."""
     if torch.cuda.is_available():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finegraft.training.events import read_events
+from finegraft.training.events import by_step, read_events
 
 
 def loss_curve(events_file: Path, target: Path) -> bool:
@@ -18,8 +18,7 @@ def loss_curve(events_file: Path, target: Path) -> bool:
     from matplotlib.figure import Figure
 
     events = read_events(events_file)
-    steps = [e for e in events if e["type"] == "step"]
-    held_out = [e for e in events if e["type"] == "eval"]
+    steps, held_out = by_step(events, "step"), by_step(events, "eval")
     if not steps:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")

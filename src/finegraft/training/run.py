@@ -256,8 +256,18 @@ def _fill(run: Path, config: TrainConfig, data: _Data) -> None:
     for old in ("checkpoints", "adapter", "model", "report"):
         shutil.rmtree(run / old, ignore_errors=True)
     (run / "events.jsonl").unlink(missing_ok=True)
-    write_whole(run / "config.yaml", config.to_yaml())
+    write_whole(run / "config.yaml", _anywhere(config).to_yaml())
     write_whole(run / "data.json", json.dumps(data.record, indent=2) + "\n")
+
+
+def _anywhere(config: TrainConfig) -> TrainConfig:
+    """The configuration with whole paths, so that resuming works from any folder."""
+    paths = {
+        name: str(Path(value).absolute())
+        for name in ("model", "data", "eval_data")
+        if (value := getattr(config, name)) and Path(value).exists()
+    }
+    return config.model_copy(update=paths)
 
 
 @contextlib.contextmanager
