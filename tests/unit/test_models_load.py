@@ -241,7 +241,9 @@ def test_an_encoder_classifies_and_does_not_pass_for_a_chat_model(tmp_path):
     labels = {0: "no", 1: "yes"}
     model = load_model(tmp_path, task="sequence-classification", num_labels=2, id2label=labels)
     assert model.config.id2label == labels
-    with pytest.raises(ModelError, match=r"FG-MODEL-005: .*random(.|\n)*task='sequence-classification'"):
+    with pytest.raises(
+        ModelError, match=r"FG-MODEL-005: .*random(.|\n)*task='sequence-classification'"
+    ):
         load_model(tmp_path)
 
 
