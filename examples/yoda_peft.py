@@ -205,7 +205,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4, help="of the base")
     parser.add_argument(
-        "--epochs", type=positive(float), default=3.0, help="passes over the 660 rows"
+        "--epochs", type=positive(float), default=1.0, help="passes over the 660 rows"
     )
     parser.add_argument("--steps", type=positive(int), help="stop after this many steps")
     parser.add_argument("--learning-rate", type=positive(float), default=2e-3)

@@ -104,7 +104,7 @@ def test_plain_peft_gives_the_same_logits(yoda, tmp_path):
             ours = model(**tokenizer(sentence, return_tensors="pt")).logits[0].numpy()
             with model.disable_adapter():
                 base = model(**tokenizer(sentence, return_tensors="pt")).logits[0].numpy()
-        assert np.abs(ours - plain[name]).max() < 1e-5 * max(1.0, np.abs(ours).max() / 10)
+        assert np.abs(ours - plain[name]).max() < 1e-5
         assert np.abs(ours - base).max() > 0.5  # and the adapter is what was compared
 
 
@@ -129,11 +129,11 @@ def test_reviews_are_learnt_and_every_sentence_gets_a_label(tmp_path):
     folder = tmp_path / "classifier"
     stdout = example(
         "classify_reviews.py",
-        *("--train-rows", 480, "--validation-rows", 150, "--epochs", 2, "--output", folder),
+        *("--train-rows", 640, "--validation-rows", 200, "--epochs", 2, "--output", folder),
     )
     accuracies = [float(x) for x in re.findall(r"'eval_accuracy': '?([0-9.]+)", stdout)]
     reached = float(re.search(r"Held-out accuracy: ([0-9.]+)", stdout)[1])
-    assert len(accuracies) == 3
+    assert len(accuracies) == 2
     assert reached == pytest.approx(max(accuracies), abs=1e-3)  # the best epoch was loaded
     assert reached > 0.65
     for title in ("Untrained", "Trained"):
