@@ -58,7 +58,7 @@ def with_adapter(model, bits):
     config = LoraConfig(
         r=8,
         lora_alpha=16,
-        # 0.05 is usual; on a CPU the random numbers for it take half of every step.
+        # 0.05 is usual; on a CPU its random numbers take a good third of a step.
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
