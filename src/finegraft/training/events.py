@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ import torch
 from transformers import TrainerCallback
 
 from finegraft.core.paths import storage_error
+
+# Time left is told from this many logged lines, so that a slow start is soon forgotten.
+_RECENT_LINES = 12
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -90,13 +94,13 @@ class RunCallback(TrainerCallback):
         self.trainer = trainer
         self.stop = False
         self.started = 0.0
-        self.first_step = 0
         self.last_tokens, self.last_time = 0, 0.0
+        self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_LINES)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clocks; a resumed run starts at its saved step."""
         self.started = self.last_time = time.monotonic()
-        self.first_step = state.global_step
+        self.recent.append((state.global_step, self.started))
         parameters = list(self.trainer.model.parameters())
         self.log.emit(
             "start",
@@ -127,8 +131,9 @@ class RunCallback(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         now, tokens = time.monotonic(), self.trainer.tokens_seen
-        elapsed = now - self.started
-        done = state.global_step - self.first_step
+        step, then = self.recent[0]
+        self.recent.append((state.global_step, now))
+        pace = (now - then) / max(state.global_step - step, 1)  # seconds a step, lately
         speed = (tokens - self.last_tokens) / max(now - self.last_time, 1e-9)
         self.last_tokens, self.last_time = tokens, now
         left = state.max_steps - state.global_step
@@ -141,8 +146,8 @@ class RunCallback(TrainerCallback):
             grad_norm=logs.get("grad_norm"),
             tokens_per_second=round(speed, 1),
             memory_bytes=memory_bytes(),
-            seconds=round(elapsed, 2),
-            eta_seconds=round(elapsed / max(done, 1) * left, 1),
+            seconds=round(now - self.started, 2),
+            eta_seconds=round(pace * left, 1),
             next_save_step=min(
                 state.max_steps, (state.global_step // args.save_steps + 1) * int(args.save_steps)
             ),
