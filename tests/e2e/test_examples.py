@@ -164,7 +164,9 @@ def test_wrong_arguments_are_named_at_once(name, arguments, said, monkeypatch, c
 
 
 def test_more_reviews_than_there_are(tmp_path):
-    stderr = example("classify_reviews.py", "--train-rows", 10_000, status=1)
+    stderr = example(
+        "classify_reviews.py", "--train-rows", 10_000, "--output", tmp_path / "o", status=1
+    )
     assert "FG-DATA-013: train is 10000" in stderr
     assert "Traceback" not in stderr
 
