@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 
-STEPS_PER_EPOCH_SAFE = 1_000_000
+NEVER = 1_000_000
 
 
 def say(**event: object) -> None:
@@ -57,17 +57,17 @@ def callback(turns: Turns):
     return TakeTurns()
 
 
-def settings(job: dict, folder: str) -> dict:
+def settings(job: dict) -> dict:
     """Hyper-parameters that are the same for every contender."""
     return {
-        "output_dir": folder,
+        "output_dir": job["folder"],
         "max_steps": job["steps"],
         "per_device_train_batch_size": job["batch"],
         "learning_rate": job["learning_rate"],
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
         "seed": 11,
-        "logging_steps": STEPS_PER_EPOCH_SAFE,
+        "logging_steps": NEVER,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -106,7 +106,7 @@ def run_trl(job: dict, turns: Turns, dtype: str):
     trainer = trl.SFTTrainer(
         model=stock_model(job, dtype),
         args=trl.SFTConfig(
-            **settings(job, "/tmp/bench-trl"),
+            **settings(job),
             bf16=False,
             gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -160,7 +160,7 @@ def run_finegraft(job: dict, turns: Turns, keep_memory: bool):
     )
     trainer = finegraft.SFTTrainer(
         model=model,
-        args=finegraft.SFTConfig(**settings(job, "/tmp/bench-finegraft")),
+        args=finegraft.SFTConfig(**settings(job)),
         train_dataset=dataset(job),
         processing_class=tokenizer,
         callbacks=[callback(turns)],
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("job")
     chosen = parser.parse_args()
     with open(chosen.job, encoding="utf-8") as file:
-        job = json.load(file)
+        job = {**json.load(file), "folder": os.path.dirname(chosen.job)}
     import torch
 
     torch.set_num_threads(job["threads"])
