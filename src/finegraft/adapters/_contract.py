@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -22,5 +21,3 @@ class Method:
     attach: Callable[..., nn.Module]
     accelerate: Callable[[nn.Module], int]
     not_mergeable: str | None
-    settings: tuple[str, ...] = ()
-    defaults: dict[str, Any] | None = None

@@ -83,10 +83,6 @@ class StorageError(FinegraftError, OSError):
     """A folder or disk that cannot take what must be written."""
 
 
-class UnsupportedError(FinegraftError, NotImplementedError):
-    """Something that would be wrong if it were attempted here."""
-
-
 def near(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to ``name``, or None where nothing is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
