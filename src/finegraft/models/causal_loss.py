@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from finegraft.kernels.linear_cross_entropy import linear_cross_entropy
 from finegraft.models import swap
 
-_WANTS_MORE = ("output_hidden_states", "output_attentions", "past_key_values", "use_kernels")
+_WANTS_MORE = ("output_hidden_states", "output_attentions", "past_key_values")
 
 
 class CompactLoss:

@@ -11,6 +11,7 @@ Shapes: t tokens, h heads, k key heads, g = h / k, f features, n documents of l 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -37,18 +38,11 @@ def document_attention(
         bucket = documents.buckets[0]
         whole: torch.Tensor = _Short.apply(query, key, value, bucket, scale, window)
         return whole
-    outs, rows = [], []
-    for bucket in documents.buckets:
-        outs.append(_Short.apply(query, key, value, bucket, scale, window))
-        rows.append(bucket.rows)
+    outs = [_Short.apply(query, key, value, b, scale, window) for b in documents.buckets]
     for start, length in documents.long:
         span = slice(start, start + length)
         outs.append(sdpa(query[span], key[span], value[span], scale, window))
-        rows.append(torch.arange(start, start + length))
-    order = torch.cat(rows)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel())
-    return torch.cat(outs).index_select(0, inverse.to(query.device))
+    return torch.cat(outs).index_select(0, documents.order.to(query.device))
 
 
 def sdpa(
@@ -66,12 +60,15 @@ def sdpa(
     return out[0].transpose(0, 1)
 
 
-def _mask(length: int, groups: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+@functools.lru_cache(maxsize=8)  # every layer of a batch asks for the same few
+def _mask(
+    length: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """Additive mask [1, g * l, l]; large and negative, because infinity makes nan of bf16."""
-    hidden = torch.ones(length, length, dtype=torch.bool, device=like.device).triu(1)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     if window is not None and window < length:
         hidden |= torch.ones_like(hidden).tril(-window)
-    mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+    mask = torch.zeros(length, length, dtype=dtype, device=device)
     return mask.masked_fill_(hidden, -1e30).repeat(groups, 1)[None]
 
 
@@ -104,7 +101,7 @@ class _Short(torch.autograd.Function):
     ) -> torch.Tensor:
         heads, groups = key.shape[1], query.shape[1] // key.shape[1]
         q, k, v = (_lift(x, bucket, heads) for x in (query, key, value))
-        mask = _mask(bucket.length, groups, window, q)
+        mask = _mask(bucket.length, groups, window, q.dtype, q.device)
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)  # [n * k, g * l, l]
         p = torch.softmax(scores, -1)
         ctx.save_for_backward(q, k, v, p)

@@ -75,6 +75,16 @@ class Documents:
                 found.setdefault(border, []).append((start, length))
         return [self._bucket(spans) for _, spans in sorted(found.items())]
 
+    @functools.cached_property
+    def order(self) -> torch.Tensor:
+        """[t] where each token of the flat batch lies behind all buckets, then all long ones."""
+        rows = [bucket.rows for bucket in self.buckets]
+        rows += [torch.arange(start, start + length) for start, length in self.long]
+        behind = torch.cat(rows)
+        order = torch.empty_like(behind)
+        order[behind] = torch.arange(behind.numel())
+        return order
+
     def _bucket(self, spans: list[tuple[int, int]]) -> Bucket:
         starts = torch.tensor([start for start, _ in spans])[:, None]
         lengths = torch.tensor([length for _, length in spans])[:, None]

@@ -16,16 +16,7 @@ from finegraft.kernels.linear_cross_entropy import chunked, reference
 __all__ = ["OP", "linear_cross_entropy"]
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    num_items: float | torch.Tensor,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> torch.Tensor:
-    """Token-weighted cross-entropy of ``hidden @ weight.T``; see ``reference`` for the shapes."""
-    return chunked.linear_cross_entropy(hidden, weight, labels, num_items, softcap, logit_scale)
+linear_cross_entropy = chunked.linear_cross_entropy
 
 
 def _unsupported(hidden: torch.Tensor, weight: torch.Tensor, **_: object) -> str | None:
