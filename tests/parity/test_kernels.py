@@ -26,15 +26,30 @@ def run(function, case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     for name, value in case.inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             value = value.to(dtype).clone().requires_grad_(name in case.grads)
+        elif isinstance(value, tuple) and isinstance(value[0], torch.Tensor):
+            value = tuple(part.to(dtype) for part in value)
         inputs[name] = value
-    out = function(**inputs)
+    outs = function(**inputs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
     seed = torch.Generator().manual_seed(3)
     # Rounded to bfloat16 first: the same direction in every precision.
-    direction = torch.randn(out.shape, dtype=torch.float64, generator=seed).bfloat16()
-    out.backward(direction.to(out.dtype))
+    directions = [
+        torch.randn(o.shape, dtype=torch.float64, generator=seed).bfloat16().to(o.dtype)
+        for o in outs
+    ]
+    torch.autograd.backward(outs, directions)
     found = {name: inputs[name].grad for name in case.grads}
     assert all(grad is not None for grad in found.values())
-    return {"output": out.detach(), **found}
+    return {**{f"output {i}": o.detach() for i, o in enumerate(outs)}, **found}
+
+
+def as_seen(value, dtype):
+    """The value as that precision sees it, in float64."""
+    if isinstance(value, tuple) and isinstance(value[0], torch.Tensor):
+        return tuple(as_seen(part, dtype) for part in value)
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(dtype).double()
+    return value
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -42,14 +57,7 @@ def run(function, case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def test_output_and_every_gradient(op, implementation, case, dtype):
     # The truth is computed from the inputs as that precision sees them, so that only the
     # arithmetic is judged and not the rounding of the inputs.
-    rounded = Case(
-        case.label,
-        {
-            k: v.to(dtype).double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-            for k, v in case.inputs.items()
-        },
-        case.grads,
-    )
+    rounded = Case(case.label, {k: as_seen(v, dtype) for k, v in case.inputs.items()}, case.grads)
     truth = run(op.reference, rounded, torch.float64)
     stock = run(op.stock or op.reference, rounded, dtype)
     ours = run(op.implementations[implementation], rounded, dtype)

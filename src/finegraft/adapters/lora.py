@@ -20,7 +20,7 @@ from torch import nn
 
 from finegraft.adapters._contract import Method
 from finegraft.core.errors import AdapterError, near
-from finegraft.kernels.lora_linear import lora_linear
+from finegraft.kernels.lora_group import Part, lora_group
 from finegraft.models import swap
 
 logger = logging.getLogger(__name__)
@@ -36,18 +36,18 @@ class FastLoraLinear(LoraLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Same result as peft's layer; see ``refusal`` for what is left to it."""
-        if args or kwargs or self.refusal(x) is not None:
+        part = None if args or kwargs else self.lora_part(x)
+        if part is None:
             return super().forward(x, *args, **kwargs)
-        name = self.active_adapters[0]
-        base = self.base_layer
-        return lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-        )
+        return lora_group(x, (part,))[0]
+
+    def lora_part(self, x: torch.Tensor) -> Part | None:
+        """What this layer adds to a group of layers with the input ``x``; None: call it."""
+        if self.refusal(x) is not None:
+            return None
+        name, base = self.active_adapters[0], self.base_layer
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return Part(base.weight, base.bias, a, b, self.scaling[name])
 
     def refusal(self, x: torch.Tensor | None = None) -> str | None:
         """Return why this call takes peft's path, or None when it is fast."""

@@ -46,8 +46,13 @@ class CompactLoss:
         num_items = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("logits_to_keep", None)
         kwargs.pop("return_dict", None)
-        hidden = getattr(self, self.base_model_prefix)(**kwargs)[0]  # [b, t, d]
-        return CausalLMOutputWithPast(loss=compact_loss(self, hidden, labels, num_items))
+        decoder = getattr(self, self.base_model_prefix)
+        if "seq_lengths" not in kwargs:
+            hidden = decoder(**kwargs)[0]  # [b, t, d]
+            return CausalLMOutputWithPast(loss=compact_loss(self, hidden, labels, num_items))
+        where, targets = _labelled(labels)
+        rows = decoder(**kwargs, rows=where)[0][0]  # [n, d]: nothing else is scored
+        return CausalLMOutputWithPast(loss=_loss_of_rows(self, rows, targets, num_items))
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save under the stock class, whose name is what ``config.json`` must carry."""
@@ -72,14 +77,28 @@ def compact_loss(
     Returns:
         Scalar; exactly zero, with a gradient of zero, when no position carries a label.
     """
-    targets = labels[:, 1:].reshape(-1)
-    where = (targets != -100).nonzero().squeeze(-1)  # [n]
-    if where.numel() == 0:
-        return hidden.sum() * 0.0
+    where, targets = _labelled(labels)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, where)  # [n, d]
-    targets = targets.index_select(0, where)
+    return _loss_of_rows(model, rows, targets, num_items)
+
+
+def _labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places [n] in ``labels[:, :-1]`` that predict a labelled token, and these tokens."""
+    targets = labels[:, 1:].reshape(-1)
+    where = (targets != -100).nonzero().squeeze(-1)
+    return where, targets.index_select(0, where)
+
+
+def _loss_of_rows(
+    model: nn.Module,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    num_items: float | torch.Tensor | None,
+) -> torch.Tensor:
+    if targets.numel() == 0:
+        return rows.sum() * 0.0
     if num_items is None:
-        num_items = float(where.numel())
+        num_items = float(targets.numel())
     softcap, scale = _logit_transform(model.config.get_text_config())
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None and head.weight.dtype == rows.dtype:

@@ -1,12 +1,13 @@
-"""Document attention as batched products for short documents, SDPA for long ones.
+"""Document attention as batched products for short documents, one call each for long ones.
 
-What: each bucket of short documents is one ``baddbmm``, one softmax and one ``bmm``, with the
-backward by hand; a long document is one call of torch's flash attention. Constraint: scores are
-kept for backward only for short documents, n * h * l * l of them. Trade-off: gathering into
-rectangles copies q, k and v once; bf16 products of 72 x 64 x 64 take 0.09 ms where SDPA's forward
-and backward take 8 ms.
+What: a rectangle of short documents is one ``baddbmm``, one softmax and one ``bmm``, with the
+backward by hand; a long document is torch's flash attention, or blocks of queries where that would
+need a dense mask (a sliding window, capped scores). Constraint: scores are kept for backward only
+for short documents, n * h * l * l of them. Trade-off: lifting into rectangles copies q, k and v
+once; bf16 products of 72 x 64 x 64 take 0.09 ms where flash attention takes 8 ms.
 
-Shapes: t tokens, h heads, k key heads, g = h / k, f features, n documents of l tokens.
+Shapes: t tokens, h heads, k key heads, g = h / k, f features, n documents of l tokens, c queries of
+a block, s keys that a block sees.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finegraft.kernels.document_attention.layout import Bucket, Documents
+from finegraft.kernels.document_attention.layout import SHORT, Documents
+from finegraft.kernels.document_attention.rectangles import Angles, lift, lower
+
+# Queries of a block of a long document: the scores of one block and all its keys are in memory.
+_BLOCK = 256
 
 
 def document_attention(
@@ -27,119 +32,174 @@ def document_attention(
     documents: Documents,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    angles: Angles | None = None,
 ) -> torch.Tensor:
     """Same contract as the reference; differentiable in ``query``, ``key`` and ``value``."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # in one dtype, as autocast does around torch's attention
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
         with torch.autocast(kind, enabled=False):
-            return document_attention(q, k, v, documents, scale, window)
-    if not documents.long and len(documents.buckets) == 1 and documents.buckets[0].whole:
-        bucket = documents.buckets[0]
-        whole: torch.Tensor = _Short.apply(query, key, value, bucket, scale, window)
-        return whole
-    outs = [_Short.apply(query, key, value, b, scale, window) for b in documents.buckets]
-    for start, length in documents.long:
-        span = slice(start, start + length)
-        outs.append(sdpa(query[span], key[span], value[span], scale, window))
-    return torch.cat(outs).index_select(0, documents.order.to(query.device))
+            return document_attention(q, k, v, documents, scale, window, softcap, angles)
+    outs = []
+    lifted = lift(query, key, value, documents, angles)
+    for rectangle, (q, k, v) in zip(documents.rectangles, lifted, strict=True):
+        if rectangle.length <= SHORT:
+            part: torch.Tensor = _Short.apply(q, k, v, rectangle.length, scale, window, softcap)
+        elif softcap is None and (window is None or rectangle.length <= window):
+            part = _flash(q, k, v, scale)
+        else:
+            part = _Blocks.apply(q, k, v, scale, window, softcap)
+        outs.append(part)
+    return lower(outs, query.shape[1], documents)
 
 
-def sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
-    """Causal attention of one document [l, heads, f] through torch's own kernel."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, h, l, f]
-    length = query.shape[0]
-    if window is None or length <= window:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    else:
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        seen &= torch.ones_like(seen).triu(1 - window)
-        out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """[k, g * l, f] and [k, l, f], one document, through torch's own kernel."""
+    keys, length, f = k.shape
+    out = F.scaled_dot_product_attention(
+        q.view(1, -1, length, f), k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
+    )
+    return out.reshape(keys, -1, f)
 
 
-@functools.lru_cache(maxsize=8)  # every layer of a batch asks for the same few
+@functools.lru_cache(maxsize=16)  # every layer of a batch asks for the same few
 def _mask(
-    length: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device
+    queries: int,
+    keys: int,
+    groups: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Additive mask [1, g * l, l]; large and negative, because infinity makes nan of bf16."""
-    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    if window is not None and window < length:
-        hidden |= torch.ones_like(hidden).tril(-window)
-    mask = torch.zeros(length, length, dtype=dtype, device=device)
+    """Additive mask [1, g * c, s] of the last ``queries`` of ``keys`` places.
+
+    Large and negative, because infinity makes nan of bf16.
+    """
+    at = torch.arange(keys, device=device)
+    ahead = at[None] - at[keys - queries :, None]  # [c, s]
+    hidden = ahead > 0
+    if window is not None:
+        hidden |= ahead <= -window
+    mask = torch.zeros(queries, keys, dtype=dtype, device=device)
     return mask.masked_fill_(hidden, -1e30).repeat(groups, 1)[None]
 
 
-def _lift(x: torch.Tensor, bucket: Bucket, key_heads: int) -> torch.Tensor:
-    """[t, k * g, f] to [n * k, g * l, f]."""
-    groups = x.shape[1] // key_heads
-    if not bucket.whole:
-        x = x.index_select(0, bucket.lift.to(x.device))
-    x = x.view(bucket.count, bucket.length, key_heads, groups, x.shape[-1])
-    return x.permute(0, 2, 3, 1, 4).reshape(bucket.count * key_heads, -1, x.shape[-1])
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax [b, g * c, s], and tanh of the capped scores where there is a cap."""
+    if softcap is None:
+        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1), None
+    bent = torch.bmm(q, k.transpose(1, 2)).mul_(scale / softcap).tanh_()
+    return torch.softmax(torch.add(mask, bent, alpha=softcap), -1), bent
 
 
-def _lower(x: torch.Tensor, bucket: Bucket, key_heads: int) -> torch.Tensor:
-    """[n * k, g * l, f] to [tokens of the bucket, k * g, f]."""
-    x = x.view(bucket.count, key_heads, -1, bucket.length, x.shape[-1]).permute(0, 3, 1, 2, 4)
-    x = x.reshape(bucket.count * bucket.length, -1, x.shape[-1])
-    return x if bucket.whole else x.index_select(0, bucket.back.to(x.device))
+def _score_gradient(
+    dp: torch.Tensor, p: torch.Tensor, bent: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
+    return ds if bent is None else ds.addcmul_(ds * bent, bent, value=-1)
 
 
 class _Short(torch.autograd.Function):
+    """All documents of a rectangle at once; the probabilities are kept."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bucket: Bucket,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        length: int,
         scale: float,
         window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
-        heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-        q, k, v = (_lift(x, bucket, heads) for x in (query, key, value))
-        mask = _mask(bucket.length, groups, window, q.dtype, q.device)
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)  # [n * k, g * l, l]
-        p = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.bucket, ctx.scale, ctx.heads, ctx.tokens = bucket, scale, heads, query.shape[0]
-        return _lower(torch.bmm(p, v), bucket, heads)
+        groups = q.shape[1] // length
+        window = None if window is None or window >= length else window
+        mask = _mask(length, length, groups, window, q.dtype, q.device)
+        p, bent = _probabilities(q, k, mask, scale, softcap)
+        ctx.save_for_backward(q, k, v, p, bent)
+        ctx.scale = scale
+        return torch.bmm(p, v)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, p = ctx.saved_tensors
-        bucket, heads = ctx.bucket, ctx.heads
-        do = _raise_back(grads[0], bucket, heads)
+        q, k, v, p, bent = ctx.saved_tensors
+        (do,) = grads
         dv = torch.bmm(p.transpose(1, 2), do)
-        dp = torch.bmm(do, v.transpose(1, 2))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
-        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-        return (
-            *(_scatter(_lower(g, bucket, heads), bucket, ctx.tokens) for g in (dq, dk, dv)),
-            None,
-            None,
-            None,
-        )
+        ds = _score_gradient(torch.bmm(do, v.transpose(1, 2)), p, bent, ctx.scale)
+        return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), dv, None, None, None, None
 
 
-def _raise_back(grad: torch.Tensor, bucket: Bucket, key_heads: int) -> torch.Tensor:
-    """Gradient of ``_lower``: filling tokens get zeros, so nothing flows through them."""
-    if not bucket.whole:
-        full = grad.new_zeros(bucket.count * bucket.length, *grad.shape[1:])
-        full[bucket.back.to(grad.device)] = grad
-        grad = full
-    groups = grad.shape[1] // key_heads
-    grad = grad.view(bucket.count, bucket.length, key_heads, groups, grad.shape[-1])
-    return grad.permute(0, 2, 3, 1, 4).reshape(bucket.count * key_heads, -1, grad.shape[-1])
+class _Blocks(torch.autograd.Function):
+    """One long document, a block of queries at a time; probabilities are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.settings = scale, window, softcap
+        keys, length, f = k.shape
+        out = torch.empty_like(q).view(keys, -1, length, f)
+        for block in _blocks(length, window):
+            p, _ = _block_probabilities(q, k, block, *ctx.settings)
+            part = torch.bmm(p, v[:, block.seen])
+            out[:, :, block.own] = part.view(keys, -1, block.own.stop - block.own.start, f)
+        return out.view_as(q)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        keys, length, f = k.shape
+        do = grads[0].view(keys, -1, length, f)
+        dq, dk, dv = torch.empty_like(do), torch.zeros_like(k), torch.zeros_like(v)
+        for block in _blocks(length, ctx.settings[1]):
+            p, bent = _block_probabilities(q, k, block, *ctx.settings)
+            d = do[:, :, block.own].reshape(keys, -1, f)
+            dv[:, block.seen] += torch.bmm(p.transpose(1, 2), d)
+            dp = torch.bmm(d, v[:, block.seen].transpose(1, 2))
+            ds = _score_gradient(dp, p, bent, ctx.settings[0])
+            own = q.view(keys, -1, length, f)[:, :, block.own].reshape(keys, -1, f)
+            part = torch.bmm(ds, k[:, block.seen])
+            dq[:, :, block.own] = part.view(keys, -1, block.own.stop - block.own.start, f)
+            dk[:, block.seen] += torch.bmm(ds.transpose(1, 2), own)
+        return dq.view_as(q), dk, dv, None, None, None
 
 
-def _scatter(grad: torch.Tensor, bucket: Bucket, tokens: int) -> torch.Tensor:
-    """Put the bucket's gradients where its tokens lie in the flat batch."""
-    if bucket.whole:
-        return grad
-    full = grad.new_zeros(tokens, *grad.shape[1:])
-    full[bucket.rows.to(grad.device)] = grad
-    return full
+@functools.lru_cache(maxsize=8)
+def _blocks(length: int, window: int | None) -> list[_Block]:
+    return [
+        _Block(start, min(start + _BLOCK, length), window) for start in range(0, length, _BLOCK)
+    ]
+
+
+class _Block:
+    """Queries ``own`` and the keys ``seen`` by any of them, as slices of a document."""
+
+    def __init__(self, start: int, end: int, window: int | None):
+        self.own = slice(start, end)
+        self.seen = slice(0 if window is None else max(0, start - window + 1), end)
+
+
+def _block_probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block: _Block,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    keys, length, f = k.shape
+    own = q.view(keys, -1, length, f)[:, :, block.own]  # [k, g, c, f]
+    queries, seen = own.shape[2], block.seen.stop - block.seen.start
+    mask = _mask(queries, seen, own.shape[1], window, q.dtype, q.device)
+    return _probabilities(own.reshape(keys, -1, f), k[:, block.seen], mask, scale, softcap)

@@ -1,10 +1,11 @@
-"""Where documents lie in a flat batch, and how to lift buckets of them into rectangles.
+"""Where documents lie in a flat batch, and the rectangles in which they attend.
 
-What: documents of similar length form a bucket; a bucket's rows are gathered into [n, l] with the
-short ones filled up, and taken back. Constraint: filling tokens come after a document's own, so
-the causal mask hides them, and what they compute is never taken back.
+What: documents of similar length share a rectangle [n, l]; each of its slots names a row of the
+flat batch, or none where a short document is filled up. A long document is a rectangle of its own.
+Constraint: filling comes after a document's own tokens, so the causal mask hides it, and what is
+computed there is never taken back.
 
-Shapes: t tokens, n documents of a bucket, l length of its longest.
+Shapes: t tokens, n documents of a rectangle, l length of its longest.
 """
 
 from __future__ import annotations
@@ -17,29 +18,33 @@ import torch
 
 # Documents longer than this attend one by one: their scores would no longer fit the cache.
 SHORT = 256
-# Bucket borders in tokens: a document is filled up to at most the longest of its bucket.
+# Borders in tokens: a document is filled up to at most the longest of its rectangle.
 _BORDERS = (16, 32, 48, 64, 96, 128, 192, SHORT)
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Short documents of similar length.
+class Rectangle:
+    """Documents that attend together.
 
     Attributes:
-        length: l.
+        length: l, in tokens.
         count: n.
-        lift: [n * l] rows of the flat batch, filling tokens repeat a document's last.
-        back: [tokens] places in [n * l] of the bucket's own tokens.
-        rows: [tokens] where these tokens lie in the flat batch.
-        whole: The bucket is the whole batch in order, no gathering needed.
+        slots: [n * l] rows of the flat batch, -1 for filling.
     """
 
     length: int
     count: int
-    lift: torch.Tensor
-    back: torch.Tensor
-    rows: torch.Tensor
-    whole: bool
+    slots: torch.Tensor
+
+    @functools.cached_property
+    def places(self) -> torch.Tensor:
+        """Slots that hold a token."""
+        return (self.slots >= 0).nonzero().squeeze(-1)
+
+    @functools.cached_property
+    def rows(self) -> torch.Tensor:
+        """Rows of the flat batch in the order of ``places``."""
+        return self.slots[self.places]
 
 
 class Documents:
@@ -61,41 +66,24 @@ class Documents:
             start += length
 
     @functools.cached_property
-    def long(self) -> list[tuple[int, int]]:
-        """Spans of the documents that attend one by one."""
-        return [span for span in self.spans() if span[1] > SHORT]
-
-    @functools.cached_property
-    def buckets(self) -> list[Bucket]:
-        """The short documents by length."""
-        found: dict[int, list[tuple[int, int]]] = {}
+    def rectangles(self) -> list[Rectangle]:
+        """The short documents by length, then the long ones; together they hold every row once."""
+        short: dict[int, list[tuple[int, int]]] = {}
+        long: list[Rectangle] = []
         for start, length in self.spans():
             if length <= SHORT:
                 border = next(b for b in _BORDERS if length <= b)
-                found.setdefault(border, []).append((start, length))
-        return [self._bucket(spans) for _, spans in sorted(found.items())]
+                short.setdefault(border, []).append((start, length))
+            else:
+                long.append(Rectangle(length, 1, torch.arange(start, start + length)))
+        return [self._rectangle(border, spans) for border, spans in sorted(short.items())] + long
 
-    @functools.cached_property
-    def order(self) -> torch.Tensor:
-        """[t] where each token of the flat batch lies behind all buckets, then all long ones."""
-        rows = [bucket.rows for bucket in self.buckets]
-        rows += [torch.arange(start, start + length) for start, length in self.long]
-        behind = torch.cat(rows)
-        order = torch.empty_like(behind)
-        order[behind] = torch.arange(behind.numel())
-        return order
-
-    def _bucket(self, spans: list[tuple[int, int]]) -> Bucket:
+    def _rectangle(self, border: int, spans: list[tuple[int, int]]) -> Rectangle:
         starts = torch.tensor([start for start, _ in spans])[:, None]
         lengths = torch.tensor([length for _, length in spans])[:, None]
-        # One width per bucket keeps the shapes few, for each of which oneDNN compiles kernels.
-        longest = int(lengths.max())
-        if bool((lengths < longest).any()) or len(spans) < len(self.lengths):
-            longest = next(b for b in _BORDERS if longest <= b)
+        # One width per border keeps the shapes few, for each of which oneDNN compiles kernels.
+        alike = len(spans) == len(self.lengths) and bool((lengths == lengths[0]).all())
+        longest = int(lengths[0]) if alike else border
         at = torch.arange(longest)[None]  # [1, l]
-        inside = at < lengths  # [n, l]
-        lift = starts + at.minimum(lengths - 1)
-        rows = (starts + at)[inside]
-        whole = bool(inside.all()) and rows.numel() == self.tokens
-        back = inside.reshape(-1).nonzero().squeeze(-1)
-        return Bucket(longest, len(spans), lift.reshape(-1), back, rows, whole)
+        slots = torch.where(at < lengths, starts + at, -1)  # [n, l]
+        return Rectangle(longest, len(spans), slots.reshape(-1))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from finegraft.kernels import _loops
+
 # 2**23 float32 logits are 32 MB: small enough to stay near the cache, large enough that reading
 # the head's weights once a chunk (57 MB for 49k x 576 in bf16) is a third of the product's time.
 _CHUNK_ELEMENTS = 1 << 23
@@ -23,6 +25,8 @@ _CHUNK_ELEMENTS = 1 << 23
 # kernel for every new row count, and ragged counts cost 25 MB of memory a step for hundreds of
 # steps.
 _ROW_MULTIPLE = 32
+
+_SOFTMAX = _loops.Kernel("linear_cross_entropy", "softmax_gradient")
 
 
 def linear_cross_entropy(
@@ -56,23 +60,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
+        compiled = not want_weight and _loops.refusal(hidden, weight) is None
         rows = _CHUNK_ELEMENTS // weight.shape[0] // _ROW_MULTIPLE * _ROW_MULTIPLE or _ROW_MULTIPLE
         for start in range(0, hidden.shape[0], rows):
             h, y = hidden[start : start + rows], labels[start : start + rows]
-            logits = _head(h, weight).to(accumulate)  # [c, v]
-            if logit_scale != 1.0:
-                logits.mul_(logit_scale)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            lse = torch.logsumexp(logits, -1, keepdim=True)  # [c, 1]
-            total += (lse.squeeze(-1) - logits.gather(1, y[:, None]).squeeze(-1)).sum()
-            if d_hidden is None and d_weight is None:
-                continue
-            d_logits = _softmax_gradient(logits, lse, y, softcap, logit_scale).to(hidden.dtype)
+            if compiled:
+                loss, d_logits = _compiled(h, weight, y, softcap, logit_scale, want_hidden)
+            else:
+                wanted = want_hidden or want_weight
+                loss, d_logits = _composed(h, weight, y, softcap, logit_scale, wanted)
+            total += loss
             if d_hidden is not None:
-                d_hidden[start : start + rows] = _filled(d_logits).mm(weight)[: h.shape[0]]
+                d_hidden[start : start + rows] = d_logits.mm(weight)[: h.shape[0]]
             if d_weight is not None:
-                d_weight.addmm_(d_logits.t().to(accumulate), h.to(accumulate))
+                d_weight.addmm_(d_logits[: h.shape[0]].t().to(accumulate), h.to(accumulate))
         ctx.num_items = num_items
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
@@ -96,8 +97,43 @@ def _filled(rows: torch.Tensor) -> torch.Tensor:
     return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
-def _head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (_filled(hidden) @ weight.t())[: hidden.shape[0]]
+def _compiled(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a chunk and its logits' gradient [c filled up, v], in one pass over the logits."""
+    logits = _filled(hidden) @ weight.t()
+    (c, v), losses = (hidden.shape[0], weight.shape[0]), torch.empty(hidden.shape[0])
+    cap, scale = float(softcap or 0.0), float(logit_scale)
+    _SOFTMAX(c * v, logits, labels.contiguous(), losses, c, v, cap, scale, wanted)
+    return losses.sum(), logits
+
+
+def _composed(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same out of torch's operations, any dtype."""
+    logits = (_filled(hidden) @ weight.t())[: hidden.shape[0]]
+    logits = logits.to(torch.promote_types(hidden.dtype, torch.float32))  # [c, v]
+    if logit_scale != 1.0:
+        logits.mul_(logit_scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    lse = torch.logsumexp(logits, -1, keepdim=True)  # [c, 1]
+    loss = (lse.squeeze(-1) - logits.gather(1, labels[:, None]).squeeze(-1)).sum()
+    if not wanted:
+        return loss, logits
+    grad = _softmax_gradient(logits, lse, labels, softcap, logit_scale)
+    return loss, _filled(grad.to(hidden.dtype))
 
 
 def _softmax_gradient(

@@ -17,7 +17,7 @@ import torch
 
 from finegraft.kernels._contract import Case, Op
 
-__all__ = ["OP", "rotary"]
+__all__ = ["OP", "reference", "rotary", "rotate"]
 
 
 def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,8 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return out
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    """Rotate by the angle (``sign`` 1) or back (-1), without recording a gradient."""
     r = cos.shape[-1]
     out = torch.empty_like(x)
     first, second = x[..., :r], x[..., r : 2 * r]
@@ -56,13 +57,13 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
+        return rotate(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,) = grads
         cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, sin, -1), None, None
+        return rotate(dy, cos, sin, -1), None, None
 
 
 def _cases() -> Iterator[Case]:

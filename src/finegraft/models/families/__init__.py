@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from finegraft.core.registry import Registry
-from finegraft.models import swap
+from finegraft.models import swap, together
 from finegraft.models.families._contract import Family
 
 __all__ = ["FAMILIES", "Family", "apply", "is_padding_free"]
@@ -33,8 +33,11 @@ def apply(model: nn.Module) -> int:
     count = 0
     for module in core.modules():
         make = family.swaps.get(type(module).__name__)
-        if make is not None:
-            count += swap.swap(module, make(type(module)))
+        if make is not None and swap.swap(module, make(type(module))):
+            count += 1
+            names = getattr(module, "together", ())
+            if names:
+                together.stack([getattr(module, name) for name in names])
     return count
 
 

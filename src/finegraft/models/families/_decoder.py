@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from finegraft.kernels.add_rms_norm import add_rms_norm
 from finegraft.kernels.document_attention import Documents, document_attention
 from finegraft.kernels.rms_norm import rms_norm
-from finegraft.kernels.rotary import rotary
 from finegraft.kernels.swiglu import swiglu
+from finegraft.models import together
 from finegraft.models.families._contract import Family
 
 
@@ -31,44 +32,77 @@ class DocumentModel:
     takes_documents = True
 
     def forward(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
-        """Stock forward, or with ``seq_lengths`` [n] the flat path without mask and cache."""
-        lengths = kwargs.pop("seq_lengths", None)
+        """Stock forward, or with ``seq_lengths`` [n] the flat path without mask and cache.
+
+        ``rows`` [m] are the places whose final state is wanted, None all of them; the state is
+        [1, m, d] then.
+        """
+        lengths, rows = kwargs.pop("seq_lengths", None), kwargs.pop("rows", None)
         if lengths is None:
             return super().forward(input_ids, **kwargs)
         documents = Documents(lengths.tolist())
         embedded = kwargs.get("inputs_embeds")
         hidden = self.embed_tokens(input_ids) if embedded is None else embedded  # [1, t, d]
-        positions = kwargs["position_ids"]
+        angles = self._angles(hidden, kwargs["position_ids"])
+        hidden, delta = hidden[0], None
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            # Positional, because reentrant checkpointing sees no tensor among the keywords.
+            hidden, delta = layer(hidden, delta, documents=documents, position_embeddings=angles)
+        if rows is not None:
+            hidden, delta = hidden.index_select(0, rows), delta.index_select(0, rows)
+        _, hidden = _add_norm(hidden, delta, self.norm)
+        return BaseModelOutputWithPast(last_hidden_state=hidden[None])
+
+    def _angles(self: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+        """Cos and sin [t, f / 2] that every layer rotates by."""
         cos, sin = self.rotary_emb(hidden, position_ids=positions)  # [1, t, f]
         half = cos.shape[-1] // 2
-        angles = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden = layer(hidden, position_embeddings=angles, documents=documents)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+class DocumentLayer:
+    """Decoder layer that hands its last sum on to whoever norms it next."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stock forward, or with ``documents`` the residual [t, d] and what is to be added to it.
+
+        The second positional argument is then what the layer before left to be added, or None.
+        """
+        if "documents" not in kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        hidden, normed = _add_norm(hidden_states, args[0], self.input_layernorm)
+        out, _ = self.self_attn(normed, **kwargs)
+        hidden, normed = _add_norm(hidden, out, self.post_attention_layernorm)
+        return hidden, self.mlp(normed)
 
 
 class DocumentAttention:
     """Attention that takes ``documents`` and angles as [t, f / 2]."""
 
+    together = ("q_proj", "k_proj", "v_proj")
+
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stock forward, or with ``documents`` causal attention inside each of them."""
+        """Stock forward, or with ``documents`` causal attention inside each of them, [t, d]."""
         documents = kwargs.pop("documents", None)
         if documents is None:
             return super().forward(hidden_states, *args, **kwargs)
-        cos, sin = kwargs["position_embeddings"]
-        query, key, value = self._project(hidden_states[0])
+        query, key, value = self._project(hidden_states)
         # Families that slide in every layer say so in the configuration, others in the module.
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        softcap, angles = self._softcap(), kwargs["position_embeddings"]
         out = document_attention(
-            rotary(query, cos, sin), rotary(key, cos, sin), value, documents, self.scaling, window
+            query, key, value, documents, self.scaling, window, softcap, angles
         )
-        return self.o_proj(out.reshape(1, out.shape[0], -1)), None
+        return self.o_proj(out.reshape(out.shape[0], -1)), None
+
+    def _softcap(self: Any) -> float | None:
+        return getattr(self, "attn_logit_softcapping", None)
 
     def _project(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[t, d] to query [t, h, f], key and value [t, k, f]."""
+        modules = [getattr(self, name) for name in self.together]
         query, key, value = (
-            project(hidden).view(hidden.shape[0], -1, self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            x.view(x.shape[0], -1, self.head_dim) for x in together.project(modules, hidden)
         )
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
@@ -77,6 +111,8 @@ class DocumentAttention:
 
 class FusedQkvAttention(DocumentAttention):
     """The same for families that store q, k and v as one projection."""
+
+    together = ()
 
     def _project(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         heads, keys = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -87,21 +123,46 @@ class FusedQkvAttention(DocumentAttention):
 class FusedRmsNorm:
     """RMS norm through our kernel while gradients are needed."""
 
+    offset = 0.0
+
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Stock result; no float32 copy is kept for backward."""
         if not torch.is_grad_enabled() or hidden_states.is_cuda:
             return super().forward(hidden_states)
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self._eps(), self.offset)
+
+    def add(self: Any, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of both, and its norm."""
+        return add_rms_norm(x, delta, self.weight, self._eps(), self.offset)
+
+    def _eps(self: Any) -> float:
+        return self.variance_epsilon
+
+
+def _add_norm(
+    hidden: torch.Tensor, delta: torch.Tensor | None, norm: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``hidden`` with what is to be added to it, and its norm."""
+    if delta is None:
+        return hidden, norm(hidden)
+    if isinstance(norm, FusedRmsNorm):
+        return norm.add(hidden, delta)
+    hidden = hidden + delta
+    return hidden, norm(hidden)
 
 
 class FusedGatedMlp:
     """Gated MLP whose activation and product are one function."""
 
+    together = ("gate_proj", "up_proj")
+    activation = staticmethod(swiglu)
+
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """Stock result; only gate and up are kept for backward."""
         if not torch.is_grad_enabled() or x.is_cuda:
             return super().forward(x)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = together.project([self.gate_proj, self.up_proj], x)
+        return self.down_proj(self.activation(gate, up))
 
 
 class FusedGateUpMlp:
@@ -146,6 +207,7 @@ def family(prefix: str, *, fused: bool = False, **tiny_settings: Any) -> Family:
     return Family(
         swaps={
             f"{prefix}Model": fast(DocumentModel),
+            f"{prefix}DecoderLayer": fast(DocumentLayer),
             f"{prefix}Attention": fast(FusedQkvAttention if fused else DocumentAttention),
             f"{prefix}MLP": fast(FusedGateUpMlp if fused else FusedGatedMlp),
             f"{prefix}RMSNorm": fast(FusedRmsNorm),

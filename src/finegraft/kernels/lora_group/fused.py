@@ -1,0 +1,180 @@
+"""Products over all layers of a group at once, in one autograd function.
+
+How: the updates are added into the base product's output, backward adds into dx; only x and the
+[t, R] product are kept. Constraint: the base gets no gradient; master weights of the adapters may
+be float32 while x is bfloat16, and are cast once a call (they are small). Trade-off: all B_j stand
+in one block-diagonal matrix, whose zeros cost less than a product each; the scale is folded into
+it before the cast, one rounding instead of two.
+
+peft's layer costs 34 us of Python a call against 7 us for the base linear, upcasts x to float32 and
+runs the side products at a quarter of the bf16 rate.
+
+Shapes: t tokens, i in, O sum of all out, R sum of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from finegraft.kernels._loops import joined
+
+
+class Part(NamedTuple):
+    """One layer of a group.
+
+    Attributes:
+        weight: [o, i], frozen.
+        bias: [o] or None, frozen.
+        lora_a: [r, i] or None.
+        lora_b: [o, r] or None.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
+    scaling: float
+
+
+def stack(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return views with the values of ``weights`` [o_j, i] that lie behind one another."""
+    return list(torch.cat(list(weights)).split([w.shape[0] for w in weights]))
+
+
+def lora_group(x: torch.Tensor, parts: Sequence[Part]) -> tuple[torch.Tensor, ...]:
+    """Same contract as the reference; differentiable in ``x`` and every adapter.
+
+    The outputs are columns of one tensor, and backward takes their gradients without a copy when
+    they are, too.
+    """
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    shape = _Shape(tuple(parts))
+    adapters = [part for part in parts if part.lora_a is not None]
+    outs = _LoraGroup.apply(
+        flat, shape, *(p.lora_a for p in adapters), *(p.lora_b for p in adapters)
+    )
+    if x.dim() == 2:
+        return tuple(outs)
+    return tuple(out.unflatten(0, x.shape[:-1]) for out in outs)
+
+
+class _Shape:
+    """What a group's parts are besides the adapters' tensors."""
+
+    def __init__(self, parts: tuple[Part, ...]):
+        self.weights = [part.weight for part in parts]
+        self.biases = [part.bias for part in parts]
+        self.widths = [part.weight.shape[0] for part in parts]
+        starts = [sum(self.widths[:j]) for j in range(len(parts))]
+        self.adapted = [
+            (slice(start, start + part.weight.shape[0]), part.lora_b.shape[1], part.scaling)
+            for start, part in zip(starts, parts, strict=True)
+            if part.lora_b is not None
+        ]
+        self.rank = sum(rank for _, rank, _ in self.adapted)
+
+    def stacked(self) -> torch.Tensor | None:
+        """[O, i] without a copy, or None when the weights do not lie behind one another."""
+        first = self.weights[0]
+        if len(self.weights) == 1:
+            return first
+        at = first.data_ptr()
+        for weight in self.weights:
+            if weight.data_ptr() != at or not weight.is_contiguous():
+                return None
+            at += weight.numel() * weight.element_size()
+        return first.as_strided((sum(self.widths), first.shape[1]), (first.shape[1], 1))
+
+    def blocks(self) -> list[tuple[slice, slice, float]]:
+        """Output columns, rank columns and scale of each adapter."""
+        found, at = [], 0
+        for columns, rank, scaling in self.adapted:
+            found.append((columns, slice(at, at + rank), scaling))
+            at += rank
+        return found
+
+
+class _LoraGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, shape: _Shape, *adapters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        y = _base(x, shape)
+        ctx.shape = shape
+        if not adapters:
+            ctx.save_for_backward()
+            return _outputs(y, shape)
+        lora_a, lora_b = adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :]
+        a = _cat(lora_a).to(x.dtype)  # [R, i]
+        if len(lora_b) == 1 and lora_b[0].shape[0] == y.shape[1]:
+            b = (lora_b[0] * shape.adapted[0][2]).to(x.dtype)
+        else:
+            b = x.new_zeros(y.shape[1], shape.rank)  # block-diagonal [O, R]
+            for part, (columns, ranks, scaling) in zip(lora_b, shape.blocks(), strict=True):
+                b[columns, ranks] = part * scaling
+        xa = x @ a.t()  # [t, R]
+        y.addmm_(xa, b.t())
+        ctx.save_for_backward(x, a, b, xa)
+        ctx.adapter_dtype = lora_a[0].dtype
+        return _outputs(y, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        shape: _Shape = ctx.shape
+        dy = joined(grads)  # [t, O]
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
+        if not saved:
+            return _base_gradient(dy, shape), None
+        x, a, b, xa = saved
+        dyb = dy @ b  # [t, R]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _base_gradient(dy, shape).addmm_(dyb, a)
+        da = (dyb.t() @ x).to(ctx.adapter_dtype)  # [R, i]
+        db = xa.t() @ dy  # [R, O]
+        blocks = shape.blocks()
+        d_a = [da[ranks] for _, ranks, _ in blocks]
+        d_b = [
+            db[ranks, columns].t().to(ctx.adapter_dtype, copy=True).mul_(scaling)
+            for columns, ranks, scaling in blocks
+        ]
+        return (dx, None, *d_a, *d_b)
+
+
+def _cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _outputs(y: torch.Tensor, shape: _Shape) -> tuple[torch.Tensor, ...]:
+    return (y,) if len(shape.widths) == 1 else tuple(y.split(shape.widths, -1))
+
+
+def _base(x: torch.Tensor, shape: _Shape) -> torch.Tensor:
+    """[t, O] of the frozen layers."""
+    weight = shape.stacked()
+    if weight is not None:
+        y = x @ weight.t()
+    else:
+        y = x.new_empty(x.shape[0], sum(shape.widths))
+        for weight, part in zip(shape.weights, y.split(shape.widths, -1), strict=True):
+            torch.mm(x, weight.t(), out=part)
+    for bias, part in zip(shape.biases, y.split(shape.widths, -1), strict=True):
+        if bias is not None:
+            part.add_(bias)
+    return y
+
+
+def _base_gradient(dy: torch.Tensor, shape: _Shape) -> torch.Tensor:
+    """d x [t, i] of the frozen layers."""
+    stacked = shape.stacked()
+    if stacked is not None:
+        return dy @ stacked
+    parts = dy.split(shape.widths, -1)
+    dx = parts[0] @ shape.weights[0]
+    for part, weight in zip(parts[1:], shape.weights[1:], strict=True):
+        dx.addmm_(part, weight)
+    return dx
