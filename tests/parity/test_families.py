@@ -32,6 +32,16 @@ def documents(vocabulary: int) -> list[dict[str, list[int]]]:
     return rows
 
 
+def beginning(vocabulary: int, tokens: int = 11) -> list[dict[str, list[int]]]:
+    """Rows that begin alike and go on differently, the last one right after the first label."""
+    rows = [row for row in documents(vocabulary) if len(row["input_ids"]) <= 40]
+    first = torch.randint(3, vocabulary, (tokens,)).tolist()
+    for row in rows:
+        row["labels"] = [-100] * tokens + row["labels"]
+        row["input_ids"] = first + row["input_ids"]
+    return rows
+
+
 def stock_step(model, rows, dtype):
     model = copy.deepcopy(model).to(dtype).train()
     total = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
@@ -48,7 +58,7 @@ def stock_step(model, rows, dtype):
     return backward(model, loss)
 
 
-def fast_step(model, rows, dtype, masters=None):
+def fast_step(model, rows, dtype, masters=None, batch=None):
     model = copy.deepcopy(model).to(dtype)
     for parameter in model.parameters():
         if masters is not None and parameter.requires_grad:
@@ -58,7 +68,8 @@ def fast_step(model, rows, dtype, masters=None):
     if masters is not None:
         assert lora.accelerate(model)
     model.train()
-    return backward(model, model(**Collator(0, flat=True)(rows), use_cache=False).loss)
+    batch = batch or Collator(0, flat=True)(rows)
+    return backward(model, model(**batch, use_cache=False).loss)
 
 
 def backward(model, loss):
@@ -85,6 +96,77 @@ def test_flat_batch_equals_each_document_alone(name, dtype):
     for key, exact in truth.items():
         theirs, mine = stock[key].double() - exact, ours[key].double() - exact
         assert mine.norm() <= 2 * theirs.norm() + eps * exact.norm(), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_shared_beginning_has_the_gradients_of_computing_it_in_every_row(name, dtype):
+    model = made(name).to(dtype).double()
+    rows = beginning(model.config.vocab_size)
+    batch = Collator(0, flat=True, share_prefix=True)(rows)
+    assert 10 <= int(batch["prefix_length"]) <= 11
+    assert batch["input_ids"].shape[1] < sum(len(row["input_ids"]) for row in rows)
+    truth = stock_step(model, rows, torch.float64)
+    stock = stock_step(model, rows, dtype)
+    shared = fast_step(model, rows, dtype, batch=batch)
+    eps = 2e-6 if dtype == torch.float64 else torch.finfo(dtype).eps
+    for key, exact in truth.items():
+        theirs, mine = stock[key].double() - exact, shared[key].double() - exact
+        assert mine.norm() <= 2 * theirs.norm() + eps * exact.norm(), key
+
+
+PAD = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+
+
+def padded(rows, side):
+    width = max(len(row["input_ids"]) for row in rows)
+    batch = {name: [] for name in PAD}
+    for row in rows:
+        row = {**row, "attention_mask": [1] * len(row["input_ids"])}
+        for name, value in PAD.items():
+            fill = [value] * (width - len(row[name]))
+            batch[name].append(row[name] + fill if side == "right" else fill + row[name])
+    return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_ordinary_padded_batches_take_the_flat_path(name, side):
+    """What a stock trainer feeds: rows with a mask, labels at the model."""
+    model = made(name)
+    rows = [row for row in documents(model.config.vocab_size) if len(row["input_ids"]) > 1]
+    for row in rows:
+        row["labels"][0] = -100
+    truth = stock_step(model, rows, torch.float64)
+    batch = padded(rows, side)
+    ours = fast_step(model, rows, torch.float64, batch=batch)
+    for key, exact in truth.items():
+        assert (ours[key].double() - exact).norm() <= 4e-6 * (exact.norm() + 1), key
+    model.eval()
+    families.apply(model)
+    states = model.model(
+        batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    swap.undo(model)
+    stock = model.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    kept = batch["attention_mask"].bool()
+    torch.testing.assert_close(
+        states.last_hidden_state[kept], stock.last_hidden_state[kept], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_packed_rows_of_a_stock_collator_take_the_flat_path():
+    """[1, t] with restarting positions and no mask, as trl's padding-free collator gives."""
+    model = made("llama")
+    rows = documents(131)
+    ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
+    labels = torch.tensor([[label for row in rows for label in [-100, *row["labels"][1:]]]])
+    positions = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    truth = stock_step(model, rows, torch.float64)
+    ours = fast_step(model, rows, torch.float64, batch=batch)
+    for key, exact in truth.items():
+        assert (ours[key].double() - exact).norm() <= 4e-6 * (exact.norm() + 1), key
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "qkv_proj", "down_proj"]])

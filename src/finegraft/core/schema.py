@@ -46,6 +46,9 @@ class TrainConfig(BaseModel):
         None, "learn the answers only; unset: yes where there is an answer", "data"
     )
     packing: bool = _field(False, "several rows per sequence, never attending across", "data")
+    share_prefix: bool = _field(
+        True, "compute what all rows of a batch begin with once; same gradients", "data"
+    )
 
     r: int = _field(16, "LoRA rank; 0 with full_finetuning", "adapter", ge=0)
     lora_alpha: int = _field(16, "LoRA scale is alpha / r", "adapter", gt=0)

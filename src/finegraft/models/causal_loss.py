@@ -47,7 +47,7 @@ class CompactLoss:
         kwargs.pop("logits_to_keep", None)
         kwargs.pop("return_dict", None)
         decoder = getattr(self, self.base_model_prefix)
-        if "seq_lengths" not in kwargs:
+        if not getattr(decoder, "takes_documents", False):
             hidden = decoder(**kwargs)[0]  # [b, t, d]
             return CausalLMOutputWithPast(loss=compact_loss(self, hidden, labels, num_items))
         where, targets = _labelled(labels)
@@ -78,15 +78,16 @@ def compact_loss(
         Scalar; exactly zero, with a gradient of zero, when no position carries a label.
     """
     where, targets = _labelled(labels)
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, where)  # [n, d]
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where)  # [n, d]
     return _loss_of_rows(model, rows, targets, num_items)
 
 
 def _labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places [n] in ``labels[:, :-1]`` that predict a labelled token, and these tokens."""
+    """Places [n] in b * t that predict a labelled token, and these tokens."""
     targets = labels[:, 1:].reshape(-1)
     where = (targets != -100).nonzero().squeeze(-1)
-    return where, targets.index_select(0, where)
+    targets = targets.index_select(0, where)
+    return where + where // (labels.shape[1] - 1 or 1), targets
 
 
 def _loss_of_rows(

@@ -101,11 +101,15 @@ class TrainingArguments(transformers.TrainingArguments):
 class SFTConfig(trl.SFTConfig):
     """trl's ``SFTConfig``; see the module for what is different.
 
+    Args:
+        share_prefix: Compute what all rows of a batch begin with (a system prompt, say) once.
+
     Raises:
         ArgumentError: FG-ARG-001 for a name that no version has.
     """
 
-    def __init__(self, output_dir: str | None = None, **values: Any):
+    def __init__(self, output_dir: str | None = None, *, share_prefix: bool = True, **values: Any):
+        self.share_prefix = share_prefix
         where = type(self).__name__
         known = _names(trl.SFTConfig)
         values = _for_this_machine(where, translate(where, values, known, LEGACY), known)
@@ -121,4 +125,5 @@ class SFTConfig(trl.SFTConfig):
         """
         names = {field.name for field in dataclasses.fields(args) if field.init}
         values = {name: getattr(args, name) for name in names & _names(trl.SFTConfig)}
+        values["share_prefix"] = getattr(args, "share_prefix", True)
         return cls(**{**values, **more})

@@ -246,6 +246,7 @@ def _arguments(config: TrainConfig, has_eval: bool) -> SFTConfig:
         output_dir=str(Path(config.output) / "checkpoints"),
         disable_tqdm=True,
         save_strategy="steps",
+        share_prefix=config.share_prefix,
         **{name: getattr(config, name) for name in same},
         **evaluation,
     )

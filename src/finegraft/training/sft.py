@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from finegraft.adapters import directory, lora
 from finegraft.core.arguments import Drop, Rename, translate
+from finegraft.kernels.document_attention.layout import SHORT
 from finegraft.models import causal_loss, families, quantize, swap
 from finegraft.models.locate import locate
 from finegraft.models.tokenizer import prepare
@@ -97,14 +98,18 @@ class SFTTrainer(trl.SFTTrainer):
         self.rendering = _rendering(args, processing_class, formatting_func)
         self.fast_loss = causal_loss.apply(model)
         families.apply(model)
-        flat = families.is_padding_free(model)
+        collator = Collator(
+            processing_class.pad_token_id or 0,
+            flat=families.is_padding_free(model),
+            share_prefix=args.share_prefix and _may_share(model, peft_config),
+        )
         self.tokens_seen = 0
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         with _own_forward(model), _own_dtypes(model):
             super().__init__(
                 model=model,
                 args=_without_preparation(args, model),
-                data_collator=data_collator or Collator(processing_class.pad_token_id or 0, flat),
+                data_collator=data_collator or collator,
                 train_dataset=encode(train_dataset, self.rendering),
                 eval_dataset=self._encode_eval(eval_dataset),
                 processing_class=processing_class,
@@ -275,7 +280,25 @@ def _own_dtypes(model: Any) -> Iterator[None]:
 
 
 def _real_tokens(inputs: dict[str, Any]) -> int:
+    """Tokens of the rows themselves, a shared beginning counted for each of them."""
     if "seq_lengths" in inputs:
-        return int(inputs["seq_lengths"][:-1].sum())  # the last one is the filling
+        tokens = inputs["seq_lengths"][:-1].sum()  # the last one is the filling
+        if "prefix_length" in inputs:
+            tokens += inputs["prefix_length"] * (inputs["seq_lengths"].numel() - 3)
+        return int(tokens)
     mask = inputs.get("attention_mask")
     return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+
+
+def _may_share(model: Any, peft_config: Any) -> bool:
+    """Whether a beginning computed once is the same as in every row.
+
+    It is not with dropout, whose mask every row draws for itself, nor where a sliding window may
+    not reach it.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and window < 2 * SHORT:
+        return False
+    if getattr(peft_config, "lora_dropout", 0.0):
+        return False
+    return not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())

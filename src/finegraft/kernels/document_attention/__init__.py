@@ -51,19 +51,29 @@ def reference(
         query, key = (rotary.reference(x, *angles) for x in (query, key))
     groups = query.shape[1] // key.shape[1]
     outs = []
-    for start, length in documents.spans():
-        q = query[start : start + length].transpose(0, 1)  # [h, l, f]
-        k = key[start : start + length].transpose(0, 1).repeat_interleave(groups, 0)
-        v = value[start : start + length].transpose(0, 1).repeat_interleave(groups, 0)
+    for seen, length in _seen(documents):
+        q = query[seen[-length:]].transpose(0, 1)  # [h, l, f]
+        k = key[seen].transpose(0, 1).repeat_interleave(groups, 0)
+        v = value[seen].transpose(0, 1).repeat_interleave(groups, 0)
         scores = (q @ k.transpose(1, 2)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        if window is not None:
-            hidden |= torch.ones_like(hidden).tril(-window)
-        scores = scores.masked_fill(hidden, float("-inf"))
+        scores = scores.masked_fill(_hidden(len(seen), window)[-length:], float("-inf"))
         outs.append((torch.softmax(scores, -1) @ v).transpose(0, 1))
     return torch.cat(outs)
+
+
+def _seen(documents: Documents) -> Iterator[tuple[torch.Tensor, int]]:
+    """Rows that a document's tokens may see, its own last, and how many are its own."""
+    for i, (start, length) in enumerate(documents.spans()):
+        own = torch.arange(start, start + length)
+        before = documents.lengths[0] if documents.shared and i else 0
+        yield torch.cat([torch.arange(before), own]), length
+
+
+def _hidden(length: int, window: int | None) -> torch.Tensor:
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return hidden if window is None else hidden | torch.ones_like(hidden).tril(-window)
 
 
 def stock(
@@ -82,19 +92,17 @@ def stock(
     if angles is not None:
         query, key = (rotary.reference(x, *angles) for x in (query, key))
     outs = []
-    for start, length in documents.spans():
-        q, k, v = (x[start : start + length].transpose(0, 1)[None] for x in (query, key, value))
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        if window is not None:
-            seen &= torch.ones_like(seen).triu(1 - window)
-        out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
-        outs.append(out[0].transpose(0, 1))
+    for seen, length in _seen(documents):
+        q, k, v = (x[seen].transpose(0, 1)[None] for x in (query, key, value))
+        mask = ~_hidden(len(seen), window)
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1)[-length:])
     return torch.cat(outs)
 
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(9)
-    for lengths, h, k, f, window, softcap, pairs in (
+    for lengths, h, k, f, window, softcap, pairs, *shared in (
         ((1,), 1, 1, 2, None, None, 0),
         ((5, 1, 7), 4, 2, 8, None, None, 4),
         ((16, 16, 16), 9, 3, 16, None, None, 0),
@@ -103,6 +111,9 @@ def _cases() -> Iterator[Case]:
         ((50, 9, 300), 4, 2, 8, 7, None, 0),
         ((21, 9, 1), 4, 2, 8, None, 3.0, 4),
         ((600, 5), 2, 1, 8, 290, 3.0, 0),
+        ((9, 5, 17, 40, 1, 5), 4, 2, 8, None, None, 4, True),
+        ((33, 20, 20, 20), 9, 3, 16, None, None, 0, True),
+        ((7, 5, 33), 4, 2, 8, None, 3.0, 4, True),
     ):
         t = sum(lengths)
 
@@ -114,13 +125,14 @@ def _cases() -> Iterator[Case]:
             "query": normal(h),
             "key": normal(k),
             "value": normal(k),
-            "documents": Documents(lengths),
+            "documents": Documents(lengths, bool(shared)),
             "scale": f**-0.5,
             "window": window,
             "softcap": softcap,
             "angles": (turn.cos(), turn.sin()) if pairs else None,
         }
         label = "-".join(map(str, lengths)) + f"-h{h}-k{k}-window{window}-cap{softcap}-r{pairs}"
+        label += "-shared" * bool(shared)
         yield Case(label, inputs, ("query", "key", "value"))
 
 

@@ -41,10 +41,14 @@ def document_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
         with torch.autocast(kind, enabled=False):
             return document_attention(q, k, v, documents, scale, window, softcap, angles)
-    outs = []
+    if documents.shared and window is not None and window < sum(sorted(documents.lengths)[-2:]):
+        raise ValueError("a shared beginning, and a window that may not reach it")
+    outs: list[torch.Tensor] = []
     lifted = lift(query, key, value, documents, angles)
     for rectangle, (q, k, v) in zip(documents.rectangles, lifted, strict=True):
-        if rectangle.length <= SHORT:
+        if documents.shared and outs:
+            part = _Shared.apply(q, k, v, *lifted[0][1:], rectangle.length, scale, softcap)
+        elif rectangle.length <= SHORT:
             part: torch.Tensor = _Short.apply(q, k, v, rectangle.length, scale, window, softcap)
         elif softcap is None and (window is None or rectangle.length <= window):
             part = _flash(q, k, v, scale)
@@ -85,14 +89,20 @@ def _mask(
     return mask.masked_fill_(hidden, -1e30).repeat(groups, 1)[None]
 
 
-def _probabilities(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float | None
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax [b, g * c, s], and tanh of the capped scores where there is a cap."""
-    if softcap is None:
-        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1), None
-    bent = torch.bmm(q, k.transpose(1, 2)).mul_(scale / softcap).tanh_()
-    return torch.softmax(torch.add(mask, bent, alpha=softcap), -1), bent
+    """Masked scores [b, g * c, s], and tanh of the capped ones where there is a cap."""
+    if softcap is not None:
+        bent = torch.bmm(q, k.transpose(1, 2)).mul_(scale / softcap).tanh_()
+        return bent * softcap if mask is None else torch.add(mask, bent, alpha=softcap), bent
+    if mask is None:
+        return torch.bmm(q, k.transpose(1, 2)).mul_(scale), None
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), None
 
 
 def _score_gradient(
@@ -119,7 +129,8 @@ class _Short(torch.autograd.Function):
         groups = q.shape[1] // length
         window = None if window is None or window >= length else window
         mask = _mask(length, length, groups, window, q.dtype, q.device)
-        p, bent = _probabilities(q, k, mask, scale, softcap)
+        scores, bent = _scores(q, k, mask, scale, softcap)
+        p = torch.softmax(scores, -1)
         ctx.save_for_backward(q, k, v, p, bent)
         ctx.scale = scale
         return torch.bmm(p, v)
@@ -131,6 +142,60 @@ class _Short(torch.autograd.Function):
         dv = torch.bmm(p.transpose(1, 2), do)
         ds = _score_gradient(torch.bmm(do, v.transpose(1, 2)), p, bent, ctx.scale)
         return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), dv, None, None, None, None
+
+
+class _Shared(torch.autograd.Function):
+    """All documents of a rectangle behind one beginning, whose keys and values are not repeated.
+
+    Shapes: p tokens of the beginning.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        first_k: torch.Tensor,
+        first_v: torch.Tensor,
+        length: int,
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        mask = _mask(length, length, q.shape[1] // length, None, q.dtype, q.device)
+        own, own_bent = _scores(q, k, mask, scale, softcap)  # [k * n, g * l, l]
+        # A key head's documents lie behind one another: one product with the beginning for all.
+        before, bent = _scores(_by_key(q, first_k), first_k, None, scale, softcap)
+        p = torch.softmax(torch.cat([before.view(*own.shape[:2], -1), own], -1), -1)
+        if bent is not None and own_bent is not None:
+            bent = torch.cat([bent.view(*own.shape[:2], -1), own_bent], -1)
+        first, rest = p.split([first_k.shape[1], length], -1)
+        out = torch.bmm(_by_key(first, first_k), first_v).view_as(q)
+        out.baddbmm_(rest, v)
+        ctx.save_for_backward(q, k, v, first_k, first_v, p, bent)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, first_k, first_v, p, bent = ctx.saved_tensors
+        do, lengths = grads[0].contiguous(), [first_k.shape[1], k.shape[1]]
+        first, rest = p.split(lengths, -1)
+        d_first_v = torch.bmm(_by_key(first, first_k).transpose(1, 2), _by_key(do, first_k))
+        dv = torch.bmm(rest.transpose(1, 2), do)
+        dp = torch.bmm(_by_key(do, first_k), first_v.transpose(1, 2)).view(*p.shape[:2], -1)
+        dp = torch.cat([dp, torch.bmm(do, v.transpose(1, 2))], -1)
+        ds_first, ds = _score_gradient(dp, p, bent, ctx.scale).split(lengths, -1)
+        dq = torch.bmm(_by_key(ds_first, first_k), first_k).view_as(q)
+        dq.baddbmm_(ds, k)
+        d_first_k = torch.bmm(_by_key(ds_first, first_k).transpose(1, 2), _by_key(q, first_k))
+        dk = torch.bmm(ds.transpose(1, 2), q)
+        return dq, dk, dv, d_first_k, d_first_v, None, None, None
+
+
+def _by_key(x: torch.Tensor, first_k: torch.Tensor) -> torch.Tensor:
+    """[k * n, g * l, ...] to [k, n * g * l, ...], without a copy."""
+    return x.view(first_k.shape[0], -1, x.shape[-1])
 
 
 class _Blocks(torch.autograd.Function):
@@ -202,4 +267,5 @@ def _block_probabilities(
     own = q.view(keys, -1, length, f)[:, :, block.own]  # [k, g, c, f]
     queries, seen = own.shape[2], block.seen.stop - block.seen.start
     mask = _mask(queries, seen, own.shape[1], window, q.dtype, q.device)
-    return _probabilities(own.reshape(keys, -1, f), k[:, block.seen], mask, scale, softcap)
+    scores, bent = _scores(own.reshape(keys, -1, f), k[:, block.seen], mask, scale, softcap)
+    return torch.softmax(scores, -1), bent

@@ -48,10 +48,19 @@ class Rectangle:
 
 
 class Documents:
-    """Lengths of the documents of a flat batch, in tokens."""
+    """Lengths of the documents of a flat batch, in tokens.
 
-    def __init__(self, lengths: Sequence[int]):
+    Args:
+        lengths: Of each document; empty ones are left out.
+        shared: The first document is the beginning of all the others: each of their tokens sees
+            all of it, as if it stood before them. No document may be long then.
+    """
+
+    def __init__(self, lengths: Sequence[int], shared: bool = False):
         self.lengths = tuple(int(n) for n in lengths if int(n) > 0)
+        self.shared = shared and len(self.lengths) > 1
+        if self.shared and max(self.lengths) > SHORT:
+            raise ValueError(f"a shared beginning, and a document of {max(self.lengths)} tokens")
 
     @property
     def tokens(self) -> int:
@@ -67,22 +76,30 @@ class Documents:
 
     @functools.cached_property
     def rectangles(self) -> list[Rectangle]:
-        """The short documents by length, then the long ones; together they hold every row once."""
+        """The short documents by length, then the long ones; together they hold every row once.
+
+        A shared beginning is the first rectangle, and alone in it.
+        """
         short: dict[int, list[tuple[int, int]]] = {}
         long: list[Rectangle] = []
-        for start, length in self.spans():
+        spans = list(self.spans())
+        first = [self._rectangle(spans[0][1], spans[:1])] if self.shared else []
+        for start, length in spans[len(first) :]:
             if length <= SHORT:
                 border = next(b for b in _BORDERS if length <= b)
                 short.setdefault(border, []).append((start, length))
             else:
                 long.append(Rectangle(length, 1, torch.arange(start, start + length)))
-        return [self._rectangle(border, spans) for border, spans in sorted(short.items())] + long
+        by_length = [self._rectangle(border, found) for border, found in sorted(short.items())]
+        return first + by_length + long
 
     def _rectangle(self, border: int, spans: list[tuple[int, int]]) -> Rectangle:
         starts = torch.tensor([start for start, _ in spans])[:, None]
         lengths = torch.tensor([length for _, length in spans])[:, None]
         # One width per border keeps the shapes few, for each of which oneDNN compiles kernels.
-        alike = len(spans) == len(self.lengths) and bool((lengths == lengths[0]).all())
+        alike = len(spans) == len(self.lengths) - self.shared and bool(
+            (lengths == lengths[0]).all()
+        )
         longest = int(lengths[0]) if alike else border
         at = torch.arange(longest)[None]  # [1, l]
         slots = torch.where(at < lengths, starts + at, -1)  # [n, l]

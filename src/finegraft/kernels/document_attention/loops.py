@@ -19,6 +19,10 @@ from finegraft.kernels._compile import halves, integers, narrow, share, thread, 
 
 @njit(inline="always")
 def _rotated(x, y, cos, sin, pairs, f, sign):
+    if pairs == 0:  # a loop that starts at zero, or it would not be vectorised
+        for j in range(f):
+            y[j] = x[j]
+        return
     for j in range(pairs):
         c, s = wide(cos[j]), wide(sin[j]) * sign
         first, second = wide(x[j]), wide(x[pairs + j])
@@ -28,8 +32,15 @@ def _rotated(x, y, cos, sin, pairs, f, sign):
         y[j] = x[j]
 
 
+@njit(inline="always")
+def _at(head, document, place, n, groups, length):
+    """Index in [k, n, g, l] of a head's place in a document."""
+    key, group = head // groups, head % groups
+    return ((key * n + document) * groups + group) * length + place
+
+
 def lift(pointer):
-    """x [t, k * g, f] and its row stride, slots [n * l], lifted [n, k, g, l, f], n, l, k, g, f,
+    """x [t, k * g, f] and its row stride, slots [n * l], lifted [k, n, g, l, f], n, l, k, g, f,
     cos and sin [t, r] or 0, r.
     """
     a = carray(pointer, (12,))
@@ -41,7 +52,7 @@ def lift(pointer):
         row = slots[slot]
         document, place = slot // length, slot % length
         for head in range(keys * groups):
-            to = ((document * keys * groups + head) * length + place) * f
+            to = _at(head, document, place, n, groups, length) * f
             y = halves(a[3] + 2 * to, f)
             if row < 0:
                 for j in range(f):
@@ -66,7 +77,7 @@ def lower(pointer):
         document, place = slot // length, slot % length
         cos, sin = halves(a[9] + 2 * row * pairs, pairs), halves(a[10] + 2 * row * pairs, pairs)
         for head in range(keys * groups):
-            at = ((document * keys * groups + head) * length + place) * f
+            at = _at(head, document, place, n, groups, length) * f
             x = halves(a[0] + 2 * at, f)
             y = halves(a[2] + 2 * (row * a[3] + head * f), f)
             _rotated(x, y, cos, sin, pairs, f, np.float32(-1.0))

@@ -32,7 +32,7 @@ def lift(
     documents: Documents,
     angles: Angles | None,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Return q [n * k, g * l, f], k and v [n * k, l, f] of each rectangle.
+    """Return q [k * n, g * l, f], k and v [k * n, l, f] of each rectangle.
 
     Args:
         query: [t, h, f], key and value [t, k, f].
@@ -44,7 +44,7 @@ def lift(
 
 
 def lower(outs: list[torch.Tensor], heads: int, documents: Documents) -> torch.Tensor:
-    """Return [t, h, f] from the rectangles' [n * k, g * l, f]."""
+    """Return [t, h, f] from the rectangles' [k * n, g * l, f]."""
     flat: torch.Tensor = _Lower.apply(heads, documents, *outs)
     return flat
 
@@ -112,11 +112,11 @@ def _up(
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[t, k * g, f] to [n * k, g * l, f], rotated where angles are given."""
+    """[t, k * g, f] to [k * n, g * l, f], rotated where angles are given."""
     n, length = rectangle.count, rectangle.length
     groups, f = x.shape[1] // keys, x.shape[2]
     if _compiled(x, cos, sin):
-        out = x.new_empty(n * keys, groups * length, f)
+        out = x.new_empty(keys * n, groups * length, f)
         pairs = 0 if cos is None else cos.shape[1]
         sizes = (n, length, keys, groups, f)
         _LIFT(out.numel(), x, x.stride(0), rectangle.slots, out, *sizes, cos, sin, pairs)
@@ -125,8 +125,8 @@ def _up(
         x = rotate(x, cos, sin, 1)
     filled = x.new_zeros(n * length, *x.shape[1:])
     filled[rectangle.places.to(x.device)] = x[rectangle.rows.to(x.device)]
-    filled = filled.view(n, length, keys, groups, f).permute(0, 2, 3, 1, 4)
-    return filled.reshape(n * keys, groups * length, f)
+    filled = filled.view(n, length, keys, groups, f).permute(2, 0, 3, 1, 4)
+    return filled.reshape(keys * n, groups * length, f)
 
 
 def _down(
@@ -146,7 +146,7 @@ def _down(
         sizes = (n, length, keys, groups, f)
         _LOWER(lifted.numel(), lifted, rectangle.slots, out, out.stride(0), *sizes, cos, sin, pairs)
         return
-    flat = lifted.view(n, keys, groups, length, f).permute(0, 3, 1, 2, 4)
+    flat = lifted.view(keys, n, groups, length, f).permute(1, 3, 0, 2, 4)
     flat = flat.reshape(n * length, keys * groups, f)[rectangle.places.to(out.device)]
     rows = rectangle.rows.to(out.device)
     if cos is not None and sin is not None:

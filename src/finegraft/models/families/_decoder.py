@@ -19,39 +19,52 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finegraft.kernels.add_rms_norm import add_rms_norm
-from finegraft.kernels.document_attention import Documents, document_attention
+from finegraft.kernels.document_attention import document_attention
 from finegraft.kernels.rms_norm import rms_norm
 from finegraft.kernels.swiglu import swiglu
-from finegraft.models import together
+from finegraft.models import flat, together
 from finegraft.models.families._contract import Family
 
 
 class DocumentModel:
-    """Decoder stack whose forward takes ``seq_lengths``, the documents of a flat batch."""
+    """Decoder stack that computes no padding and lets no document see another.
+
+    Besides the stock arguments it takes ``seq_lengths`` [n], the documents of a flat batch [1, t],
+    ``prefix_length``, which says that the first of them is the beginning of all others, and
+    ``rows`` [m], the places in b * t whose final state alone is wanted, as [1, m, d].
+    """
 
     takes_documents = True
 
     def forward(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
-        """Stock forward, or with ``seq_lengths`` [n] the flat path without mask and cache.
-
-        ``rows`` [m] are the places whose final state is wanted, None all of them; the state is
-        [1, m, d] then.
-        """
-        lengths, rows = kwargs.pop("seq_lengths", None), kwargs.pop("rows", None)
-        if lengths is None:
-            return super().forward(input_ids, **kwargs)
-        documents = Documents(lengths.tolist())
-        embedded = kwargs.get("inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if embedded is None else embedded  # [1, t, d]
-        angles = self._angles(hidden, kwargs["position_ids"])
-        hidden, delta = hidden[0], None
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            # Positional, because reentrant checkpointing sees no tensor among the keywords.
-            hidden, delta = layer(hidden, delta, documents=documents, position_embeddings=angles)
+        """The stock result; hidden places of a mask hold zeros where the flat path ran."""
+        rows = kwargs.pop("rows", None)
+        batch = flat.take(self.config, self.training, input_ids, kwargs)
+        if batch is None:
+            out = super().forward(input_ids, **kwargs)
+            if rows is not None:
+                states = out.last_hidden_state
+                out.last_hidden_state = states.reshape(-1, states.shape[-1])[rows][None]
+            return out
+        embedded = self.embed_tokens(batch.ids) if batch.embedded is None else batch.embedded
+        hidden, delta = self._layers(embedded, batch)
         if rows is not None:
+            rows = batch.rows(rows)
             hidden, delta = hidden.index_select(0, rows), delta.index_select(0, rows)
         _, hidden = _add_norm(hidden, delta, self.norm)
-        return BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        hidden = batch.restored(hidden) if rows is None else hidden[None]
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def _layers(self: Any, embedded: torch.Tensor, batch: flat.FlatBatch) -> Any:
+        """[1, t, d] to the residual [t, d] and what the last layer adds to it."""
+        angles = self._angles(embedded, batch.positions)
+        hidden, delta = embedded[0], None
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            # Positional, because reentrant checkpointing sees no tensor among the keywords.
+            hidden, delta = layer(
+                hidden, delta, documents=batch.documents, position_embeddings=angles
+            )
+        return hidden, delta
 
     def _angles(self: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """Cos and sin [t, f / 2] that every layer rotates by."""
