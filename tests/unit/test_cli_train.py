@@ -55,7 +55,7 @@ def sample(name, info):
     if name == "target_modules":
         return ["q_proj, v_proj"], ["q_proj", "v_proj"]
     if kind is bool:
-        return ([], True) if not info.default else (None, False)
+        return [], not info.default
     if get_origin(kind) is Literal:
         other = next(c for c in reversed(get_args(kind)) if c != info.default)
         return [other], other
@@ -69,6 +69,8 @@ def sample(name, info):
 def test_every_field_has_a_flag(trained, name, underscores):
     words, value = sample(name, TrainConfig.model_fields[name])
     flag = "--" + (name if underscores else name.replace("_", "-"))
+    if value is False:
+        flag = flag.replace("--", "--no-")
     given = [] if name in ("model", "data") else NEEDED
     given = given or [w for w in NEEDED if w not in (flag, NEEDED[NEEDED.index(flag) + 1])]
     done = runner.invoke(app, ["train", *given, flag, *words, "--json"])

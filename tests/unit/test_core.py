@@ -36,7 +36,7 @@ def test_a_near_name_is_suggested_and_else_the_list():
 
 def test_registry_lists_without_importing_and_suggests():
     kernels: Registry = Registry("finegraft.kernels", "OP", "kernel")
-    assert {"linear_cross_entropy", "lora_linear"} <= set(kernels.names())
+    assert {"linear_cross_entropy", "lora_group"} <= set(kernels.names())
     assert not any(name.startswith("_") for name in kernels.names())
     with pytest.raises(ConfigError, match=r"(?s)FG-CORE-001.*unknown kernel 'lora_liner'.*did you"):
         kernels.get("lora_liner")

@@ -93,7 +93,7 @@ def _flattened(
     given = ids if ids is not None else embedded
     b, t = given.shape[:2]
     mask, positions = call.get("attention_mask"), call.get("position_ids")
-    if mask is not None and mask.dim() != 2:
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         return None
     starts = torch.arange(t)[None].expand(b, t) if positions is None else positions.expand(b, t)
     if mask is None:

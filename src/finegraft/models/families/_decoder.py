@@ -51,24 +51,29 @@ class DocumentModel:
         if rows is not None:
             rows = batch.rows(rows)
             hidden, delta = hidden.index_select(0, rows), delta.index_select(0, rows)
-        _, hidden = _add_norm(hidden, delta, self.norm)
+        _, hidden = add_norm(hidden, delta, self.norm)
         hidden = batch.restored(hidden) if rows is None else hidden[None]
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def _layers(self: Any, embedded: torch.Tensor, batch: flat.FlatBatch) -> Any:
         """[1, t, d] to the residual [t, d] and what the last layer adds to it."""
-        angles = self._angles(embedded, batch.positions)
-        hidden, delta = embedded[0], None
+        hidden, delta, angles = embedded[0], None, {}
         for layer in self.layers[: self.config.num_hidden_layers]:
+            # Families with one rotation for all layers do not name its kind.
+            kind = getattr(layer.self_attn, "layer_type", None)
+            kind = kind if hasattr(self.rotary_emb, f"{kind}_inv_freq") else None
+            if kind not in angles:
+                angles[kind] = self._angles(embedded, batch.positions, kind)
             # Positional, because reentrant checkpointing sees no tensor among the keywords.
             hidden, delta = layer(
-                hidden, delta, documents=batch.documents, position_embeddings=angles
+                hidden, delta, documents=batch.documents, position_embeddings=angles[kind]
             )
         return hidden, delta
 
-    def _angles(self: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
-        """Cos and sin [t, f / 2] that every layer rotates by."""
-        cos, sin = self.rotary_emb(hidden, position_ids=positions)  # [1, t, f]
+    def _angles(self: Any, embedded: torch.Tensor, positions: Any, kind: str | None) -> Any:
+        """Cos and sin [t, f / 2] that a layer rotates by."""
+        more = {} if kind is None else {"layer_type": kind}
+        cos, sin = self.rotary_emb(embedded, position_ids=positions, **more)  # [1, t, f]
         half = cos.shape[-1] // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
@@ -83,9 +88,9 @@ class DocumentLayer:
         """
         if "documents" not in kwargs:
             return super().forward(hidden_states, *args, **kwargs)
-        hidden, normed = _add_norm(hidden_states, args[0], self.input_layernorm)
+        hidden, normed = add_norm(hidden_states, args[0], self.input_layernorm)
         out, _ = self.self_attn(normed, **kwargs)
-        hidden, normed = _add_norm(hidden, out, self.post_attention_layernorm)
+        hidden, normed = add_norm(hidden, out, self.post_attention_layernorm)
         return hidden, self.mlp(normed)
 
 
@@ -102,14 +107,12 @@ class DocumentAttention:
         query, key, value = self._project(hidden_states)
         # Families that slide in every layer say so in the configuration, others in the module.
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
-        softcap, angles = self._softcap(), kwargs["position_embeddings"]
+        softcap = getattr(self, "attn_logit_softcapping", None)
+        angles = kwargs["position_embeddings"]
         out = document_attention(
             query, key, value, documents, self.scaling, window, softcap, angles
         )
         return self.o_proj(out.reshape(out.shape[0], -1)), None
-
-    def _softcap(self: Any) -> float | None:
-        return getattr(self, "attn_logit_softcapping", None)
 
     def _project(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[t, d] to query [t, h, f], key and value [t, k, f]."""
@@ -152,10 +155,10 @@ class FusedRmsNorm:
         return self.variance_epsilon
 
 
-def _add_norm(
+def add_norm(
     hidden: torch.Tensor, delta: torch.Tensor | None, norm: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``hidden`` with what is to be added to it, and its norm."""
+    """Return ``hidden`` with what is to be added to it, and its norm."""
     if delta is None:
         return hidden, norm(hidden)
     if isinstance(norm, FusedRmsNorm):
@@ -226,11 +229,11 @@ def family(prefix: str, *, fused: bool = False, **tiny_settings: Any) -> Family:
             f"{prefix}RMSNorm": fast(FusedRmsNorm),
         },
         refuses=refuses,
-        tiny=functools.partial(_tiny, prefix, tiny_settings),
+        tiny=functools.partial(tiny, prefix, tiny_settings),
     )
 
 
-def _tiny(prefix: str, settings: dict[str, Any]) -> Any:
+def tiny(prefix: str, settings: dict[str, Any], config: str | None = None) -> Any:
     """Two layers with grouped-query attention and weights wide enough to show a wrong path."""
     import transformers
 
@@ -245,5 +248,5 @@ def _tiny(prefix: str, settings: dict[str, Any]) -> Any:
         "initializer_range": 0.2,
         "pad_token_id": 0,
     }
-    config = getattr(transformers, f"{prefix}Config")(**{**common, **settings})
-    return getattr(transformers, f"{prefix}ForCausalLM")(config)
+    made = getattr(transformers, config or f"{prefix}Config")(**{**common, **settings})
+    return getattr(transformers, f"{prefix}ForCausalLM")(made)
