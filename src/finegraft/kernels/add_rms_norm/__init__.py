@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from finegraft.kernels import _loops
+from finegraft.kernels import _gpu, _loops
 from finegraft.kernels import rms_norm as norm
 from finegraft.kernels._contract import Case, Op
 from finegraft.kernels.rms_norm import compiled, composed
@@ -48,6 +48,10 @@ def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same contract as ``reference``; differentiable in ``x``, ``delta`` and ``weight``."""
+    if x.is_cuda and _gpu.unsupported(x, delta, weight) is None:
+        from finegraft.kernels.add_rms_norm import triton
+
+        return triton.add_rms_norm(x, delta, weight, eps, offset)
     if _loops.refusal(x, delta, weight) is None and not weight.requires_grad:
         return compiled.add_rms_norm(x, delta, weight, eps, offset)
     return _composed(x, delta, weight, eps, offset)

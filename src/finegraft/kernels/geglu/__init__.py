@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from finegraft.kernels import _gated
+from finegraft.kernels import _gated, _gpu
 from finegraft.kernels._contract import Case, Op
 
 __all__ = ["OP", "geglu", "reference"]
@@ -32,6 +32,10 @@ def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in both inputs."""
+    if gate.is_cuda and _gpu.unsupported(gate, up) is None:
+        from finegraft.kernels.geglu import triton
+
+        return triton.geglu(gate, up)
     return _gated.gated(gate, up, GELU)
 
 

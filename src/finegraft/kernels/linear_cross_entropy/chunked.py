@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finegraft.kernels import _loops
+from finegraft.kernels import _gpu, _loops
 
 # 2**23 float32 logits are 32 MB: small enough to stay near the cache, large enough that reading
 # the head's weights once a chunk (57 MB for 49k x 576 in bf16) is a third of the product's time.
@@ -38,6 +38,10 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
     """Same contract as the reference; differentiable in ``hidden`` and ``weight``."""
+    if hidden.is_cuda and _gpu.unsupported(hidden, weight) is None:
+        from finegraft.kernels.linear_cross_entropy import triton
+
+        return triton.linear_cross_entropy(hidden, weight, labels, num_items, softcap, logit_scale)
     loss: torch.Tensor = _LinearCrossEntropy.apply(
         hidden, weight, labels, num_items, softcap, logit_scale
     )

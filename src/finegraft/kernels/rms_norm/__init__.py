@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from finegraft.kernels import _loops
+from finegraft.kernels import _gpu, _loops
 from finegraft.kernels._contract import Case, Op
 from finegraft.kernels.rms_norm import compiled, composed
 
@@ -43,6 +43,10 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in ``x`` and ``weight``."""
+    if x.is_cuda and _gpu.unsupported(x, weight) is None:
+        from finegraft.kernels.rms_norm import triton
+
+        return triton.rms_norm(x, weight, eps, offset)
     if _loops.refusal(x, weight) is None and not weight.requires_grad:
         return compiled.rms_norm(x, weight, eps, offset)
     return composed.rms_norm(x, weight, eps, offset)

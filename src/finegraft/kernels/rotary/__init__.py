@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from finegraft.kernels import _gpu
 from finegraft.kernels._contract import Case, Op
 
 __all__ = ["OP", "reference", "rotary", "rotate"]
@@ -36,6 +37,10 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in ``x``."""
+    if x.is_cuda and _gpu.unsupported(x, cos, sin) is None:
+        from finegraft.kernels.rotary import triton
+
+        return triton.rotary(x, cos, sin)
     out: torch.Tensor = _Rotary.apply(x, cos, sin)
     return out
 

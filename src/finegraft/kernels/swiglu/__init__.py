@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from finegraft.kernels import _gated
+from finegraft.kernels import _gated, _gpu
 from finegraft.kernels._contract import Case, Op
 
 __all__ = ["OP", "reference", "swiglu"]
@@ -33,6 +33,10 @@ SILU = _gated.Activation(
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in both inputs."""
+    if gate.is_cuda and _gpu.unsupported(gate, up) is None:
+        from finegraft.kernels.swiglu import triton
+
+        return triton.swiglu(gate, up)
     return _gated.gated(gate, up, SILU)
 
 
