@@ -3,7 +3,7 @@
 What: a ``datasets.Dataset`` (or list of rows, or stream) of any known layout, with or without a
 ``formatting_func``, becomes columns ``input_ids`` and ``labels``, and ``seq_lengths`` when packed.
 How: the layout is found by ``data.rows``, ids and masks are made by ``data.prepare`` and nowhere
-else. Constraint: rows that already carry ``input_ids`` are taken as they are.
+else. Constraint: rows that already carry ``input_ids`` are not rendered again, only cut and packed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from finegraft.core.errors import DataError
@@ -53,22 +54,50 @@ def encode(dataset: Rows, how: Rendering) -> Dataset | IterableDataset:
     if isinstance(dataset, list):
         dataset = Dataset.from_list(dataset)
     if "input_ids" in dataset.column_names:
-        return dataset if "labels" in dataset.column_names else dataset.map(_label_all)
+        dataset = dataset if "labels" in dataset.column_names else dataset.map(_label_all)
+        return _fitted(dataset, how)
     prepared = _prepare(list(dataset), how)
     for warning in prepared.warnings:
         logger.warning("%s", warning)
-    return Dataset.from_dict(columns(prepared, how))
+    return Dataset.from_dict(columns(prepared.input_ids, prepared.labels, how))
 
 
-def columns(prepared: Prepared, how: Rendering) -> dict[str, list]:
-    """The prepared rows as columns, packed into sequences when asked."""
+def _fitted(dataset: Dataset, how: Rendering) -> Dataset:
+    """Rows of ids cut to the longest allowed, and packed when asked."""
+    if "seq_lengths" in dataset.column_names:
+        return dataset
+    longer = sum(length > how.max_length for length in longest_rows(dataset, len(dataset)))
+    if not longer and not how.packing:
+        return dataset
+    if longer:
+        logger.warning(
+            "%d of %d rows have more than max_length=%d tokens and are cut",
+            longer,
+            len(dataset),
+            how.max_length,
+        )
+    end = slice(-how.max_length, None) if how.truncation == "keep_end" else slice(how.max_length)
+    ids, labels = ([row[end] for row in dataset[name]] for name in ("input_ids", "labels"))
+    return Dataset.from_dict(columns(ids, labels, how))
+
+
+def longest_rows(dataset: Any, count: int) -> list[int]:
+    """Lengths of the ``count`` longest rows, in tokens; empty for a stream."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return []
+    lengths = pc.list_value_length(dataset.data.column("input_ids"))
+    return sorted(lengths.to_pylist())[-count:]
+
+
+def columns(ids: list[list[int]], labels: list[list[int]], how: Rendering) -> dict[str, list]:
+    """Rows as columns, packed into sequences when asked."""
     if not how.packing:
-        return {"input_ids": prepared.input_ids, "labels": prepared.labels}
-    bins = pack([len(ids) for ids in prepared.input_ids], how.max_length)
+        return {"input_ids": ids, "labels": labels}
+    bins = pack([len(row) for row in ids], how.max_length)
     return {
-        "input_ids": [_joined(prepared.input_ids, members) for members in bins],
-        "labels": [_joined(prepared.labels, members) for members in bins],
-        "seq_lengths": [[len(prepared.input_ids[i]) for i in members] for members in bins],
+        "input_ids": [_joined(ids, members) for members in bins],
+        "labels": [_joined(labels, members) for members in bins],
+        "seq_lengths": [[len(ids[i]) for i in members] for members in bins],
     }
 
 
@@ -90,7 +119,8 @@ def _encode_stream(dataset: IterableDataset, how: Rendering) -> IterableDataset:
         listed = [
             dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
-        return columns(_prepare(listed, how), how)
+        prepared = _prepare(listed, how)
+        return columns(prepared.input_ids, prepared.labels, how)
 
     return dataset.map(
         convert, batched=True, batch_size=_STREAM_BATCH_ROWS, remove_columns=list(first)

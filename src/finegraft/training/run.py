@@ -225,13 +225,17 @@ def _build(config: TrainConfig, data: _Data) -> SFTTrainer:
     trainer = SFTTrainer(
         model=model,
         args=_arguments(config, has_eval=data.held_out is not None),
-        train_dataset=Dataset.from_dict(columns(data.train, how)),
-        eval_dataset=Dataset.from_dict(columns(data.held_out, how)) if data.held_out else None,
+        train_dataset=_dataset(data.train, how),
+        eval_dataset=_dataset(data.held_out, how) if data.held_out else None,
         processing_class=data.tokenizer,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
+
+
+def _dataset(prepared: Any, how: Rendering) -> Dataset:
+    return Dataset.from_dict(columns(prepared.input_ids, prepared.labels, how))
 
 
 def _arguments(config: TrainConfig, has_eval: bool) -> SFTConfig:

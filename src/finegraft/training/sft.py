@@ -28,10 +28,10 @@ from finegraft.kernels.document_attention.layout import SHORT
 from finegraft.models import causal_loss, families, quantize, swap
 from finegraft.models.locate import locate
 from finegraft.models.tokenizer import prepare
-from finegraft.training import checkpoint
+from finegraft.training import checkpoint, memory
 from finegraft.training.arguments import LEGACY, SFTConfig
 from finegraft.training.collate import IGNORED, Collator
-from finegraft.training.dataset import Rendering, encode
+from finegraft.training.dataset import Rendering, encode, longest_rows
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,27 @@ class SFTTrainer(trl.SFTTrainer):
             )
         lora.accelerate(self.model)
         logger.info("%s", swap.summary(self.model))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """trl's ``train``, after deciding which layers must be recomputed to fit the memory."""
+        if not self.args.gradient_checkpointing and not self.model.is_gradient_checkpointing:
+            self._plan_memory()
+        return super().train(*args, **kwargs)
+
+    def _plan_memory(self) -> None:
+        longest = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
+        if not longest:
+            return
+        length = min(longest[0], SHORT)
+        ids = (list(next(iter(self.train_dataset))["input_ids"]) * length)[:length]
+        batch = self.data_collator([{"input_ids": ids, "labels": ids}])
+        device = next(self.model.parameters()).device
+        batch = {name: value.to(device) for name, value in batch.items()}
+        self.model.train()
+        with torch.random.fork_rng():
+            chosen = memory.plan(self.model, {**batch, "use_cache": False}, sum(longest))
+        if chosen is not None:
+            memory.apply(self.model, chosen)
 
     def _encode_eval(self, dataset: Any) -> Any:
         if isinstance(dataset, dict):
