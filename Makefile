@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # Without an NVIDIA GPU one CPU build of torch is pinned; anything else pulls gigabytes of CUDA.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 
-.PHONY: help install demo test test-all lint format bench clean
+.PHONY: help install demo test test-all lint format bench bench-gpu clean
 
 help:
 	@echo "make demo      fine-tune the demo model to speak like Yoda (a few minutes)"
 	@echo "make test      lint, types and the tests"
 	@echo "make test-all  the slow tests as well"
 	@echo "make bench     speed beside trl + peft on this machine"
+	@echo "make bench-gpu the same on an NVIDIA GPU (docs/gpu.md)"
 	@echo "make lint      ruff and mypy; make format mends the layout"
 
 install: $(STAMP)
@@ -50,6 +51,10 @@ test-all: lint
 
 bench: install
 	$(BIN)/python benchmarks/cpu_sft.py --quick
+
+bench-gpu: install
+	$(BIN)/python benchmarks/gpu_kernels.py
+	$(BIN)/python benchmarks/gpu_sft.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -34,6 +34,7 @@ PARTS = {
     "DATA": "Rows and their rendering",
     "DISK": "Folders and disks",
     "GEN": "Generating",
+    "KERNEL": "Kernels",
     "MODEL": "Models and tokenizers",
     "RUN": "Run folders",
     "SCORE": "Scoring",

@@ -11,6 +11,8 @@ Shapes: b rows, t tokens of a row, m tokens of the flat batch, d hidden.
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,13 @@ class FlatBatch:
         return full.index_copy(0, self.places, states[: self.places.numel()]).view(*self.shape, -1)
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether documents attend by themselves there: on CPUs, and on CUDA with Triton."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return device.type == "cpu"
+
+
 def take(config: Any, training: bool, ids: torch.Tensor | None, call: dict) -> FlatBatch | None:
     """Read a decoder's call; None when the stock forward must run.
 
@@ -78,7 +87,7 @@ def take(config: Any, training: bool, ids: torch.Tensor | None, call: dict) -> F
         return None
     embedded = call.get("inputs_embeds")
     given = ids if ids is not None else embedded
-    if given is None or given.device.type != "cpu":
+    if given is None or not runs_on(given.device):
         return None
     if "seq_lengths" in call:
         documents = Documents(call["seq_lengths"].tolist(), "prefix_length" in call)
@@ -95,19 +104,24 @@ def _flattened(
     mask, positions = call.get("attention_mask"), call.get("position_ids")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         return None
-    starts = torch.arange(t)[None].expand(b, t) if positions is None else positions.expand(b, t)
+    device = given.device
+    starts = (
+        torch.arange(t, device=device)[None].expand(b, t)
+        if positions is None
+        else positions.expand(b, t)
+    )
     if mask is None:
-        places = torch.arange(b * t)
+        places = torch.arange(b * t, device=device)
         # Packed rows: a document begins where positions do not go on, as transformers reads them.
-        begins = torch.ones(b, t, dtype=torch.bool)
+        begins = torch.ones(b, t, dtype=torch.bool, device=device)
         begins[:, 1:] = starts.diff(dim=1) != 1
-        ends = torch.cat([begins.reshape(-1).nonzero().squeeze(-1), torch.tensor([b * t])])
-        lengths = ends.diff().tolist()
+        starting = begins.reshape(-1).nonzero().squeeze(-1).tolist()
+        lengths = [end - start for start, end in itertools.pairwise([*starting, b * t])]
     else:
         places = mask.reshape(-1).nonzero().squeeze(-1)
         lengths = mask.bool().sum(1).tolist()
     filling = -places.numel() % MULTIPLE
-    positions = torch.cat([starts.reshape(-1)[places], torch.arange(filling)])[None]
+    positions = torch.cat([starts.reshape(-1)[places], torch.arange(filling, device=device)])[None]
     if ids is not None:
         ids = F.pad(ids.reshape(-1)[places], (0, filling))[None]
     if embedded is not None:

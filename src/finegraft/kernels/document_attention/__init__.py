@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from finegraft.kernels import rotary
+from finegraft.kernels import _gpu, rotary
 from finegraft.kernels._contract import Case, Op
 from finegraft.kernels.document_attention import bucketed
 from finegraft.kernels.document_attention.layout import Documents
@@ -19,7 +19,25 @@ from finegraft.kernels.document_attention.rectangles import Angles
 
 __all__ = ["OP", "Documents", "document_attention"]
 
-document_attention = bucketed.document_attention
+
+def document_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    angles: Angles | None = None,
+) -> torch.Tensor:
+    """Same contract as ``reference``; differentiable in ``query``, ``key`` and ``value``."""
+    if query.is_cuda and _gpu.unsupported(query, key, value) is None:
+        from finegraft.kernels.document_attention import triton
+
+        chosen = triton.document_attention
+    else:
+        chosen = bucketed.document_attention
+    return chosen(query, key, value, documents, scale, window, softcap, angles)
 
 
 def reference(
@@ -58,7 +76,9 @@ def reference(
         scores = (q @ k.transpose(1, 2)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(_hidden(len(seen), window)[-length:], float("-inf"))
+        scores = scores.masked_fill(
+            _hidden(len(seen), window, query.device)[-length:], float("-inf")
+        )
         outs.append((torch.softmax(scores, -1) @ v).transpose(0, 1))
     return torch.cat(outs)
 
@@ -71,8 +91,8 @@ def _seen(documents: Documents) -> Iterator[tuple[torch.Tensor, int]]:
         yield torch.cat([torch.arange(before), own]), length
 
 
-def _hidden(length: int, window: int | None) -> torch.Tensor:
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+def _hidden(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     return hidden if window is None else hidden | torch.ones_like(hidden).tril(-window)
 
 
@@ -94,7 +114,7 @@ def stock(
     outs = []
     for seen, length in _seen(documents):
         q, k, v = (x[seen].transpose(0, 1)[None] for x in (query, key, value))
-        mask = ~_hidden(len(seen), window)
+        mask = ~_hidden(len(seen), window, query.device)
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         outs.append(out[0].transpose(0, 1)[-length:])
     return torch.cat(outs)

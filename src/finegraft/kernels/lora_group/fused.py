@@ -1,10 +1,11 @@
 """Products over all layers of a group at once, in one autograd function.
 
-How: the updates are added into the base product's output, backward adds into dx; only x and the
-[t, R] product are kept. Constraint: the base gets no gradient; master weights of the adapters may
-be float32 while x is bfloat16, and are cast once a call (they are small). Trade-off: all B_j stand
-in one block-diagonal matrix, whose zeros cost less than a product each; the scale is folded into
-it before the cast, one rounding instead of two.
+How: the updates are computed first and the base product is added into them, so that a small update
+is rounded together with the sum and not after it, where bfloat16 would lose it; the same in
+backward. Only x and the [t, R] product are kept. Constraint: the base gets no gradient; master
+weights of the adapters may be float32 while x is bfloat16, and are cast once a call (they are
+small). Trade-off: all B_j stand in one block-diagonal matrix, whose zeros cost less than a product
+each; the scale is folded into it before the cast, one rounding instead of two.
 
 peft's layer costs 34 us of Python a call against 7 us for the base linear, upcasts x to float32 and
 runs the side products at a quarter of the bf16 rate.
@@ -103,21 +104,20 @@ class _LoraGroup(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, shape: _Shape, *adapters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        y = _base(x, shape)
         ctx.shape = shape
         if not adapters:
             ctx.save_for_backward()
-            return _outputs(y, shape)
+            return _outputs(_base(x, shape, None), shape)
         lora_a, lora_b = adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :]
         a = _cat(lora_a).to(x.dtype)  # [R, i]
-        if len(lora_b) == 1 and lora_b[0].shape[0] == y.shape[1]:
+        if len(lora_b) == 1 and lora_b[0].shape[0] == sum(shape.widths):
             b = (lora_b[0] * shape.adapted[0][2]).to(x.dtype)
         else:
-            b = x.new_zeros(y.shape[1], shape.rank)  # block-diagonal [O, R]
+            b = x.new_zeros(sum(shape.widths), shape.rank)  # block-diagonal [O, R]
             for part, (columns, ranks, scaling) in zip(lora_b, shape.blocks(), strict=True):
                 b[columns, ranks] = part * scaling
         xa = x @ a.t()  # [t, R]
-        y.addmm_(xa, b.t())
+        y = _base(x, shape, xa @ b.t())
         ctx.save_for_backward(x, a, b, xa)
         ctx.adapter_dtype = lora_a[0].dtype
         return _outputs(y, shape)
@@ -128,12 +128,12 @@ class _LoraGroup(torch.autograd.Function):
         dy = joined(grads)  # [t, O]
         saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
         if not saved:
-            return _base_gradient(dy, shape), None
+            return _base_gradient(dy, shape, None), None
         x, a, b, xa = saved
         dyb = dy @ b  # [t, R]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _base_gradient(dy, shape).addmm_(dyb, a)
+            dx = _base_gradient(dy, shape, dyb @ a)
         da = (dyb.t() @ x).to(ctx.adapter_dtype)  # [R, i]
         db = xa.t() @ dy  # [R, O]
         blocks = shape.blocks()
@@ -153,28 +153,27 @@ def _outputs(y: torch.Tensor, shape: _Shape) -> tuple[torch.Tensor, ...]:
     return (y,) if len(shape.widths) == 1 else tuple(y.split(shape.widths, -1))
 
 
-def _base(x: torch.Tensor, shape: _Shape) -> torch.Tensor:
-    """[t, O] of the frozen layers."""
+def _base(x: torch.Tensor, shape: _Shape, update: torch.Tensor | None) -> torch.Tensor:
+    """[t, O] of the frozen layers, added into ``update``."""
     weight = shape.stacked()
     if weight is not None:
-        y = x @ weight.t()
+        y = x @ weight.t() if update is None else update.addmm_(x, weight.t())
     else:
-        y = x.new_empty(x.shape[0], sum(shape.widths))
+        y = x.new_zeros(x.shape[0], sum(shape.widths)) if update is None else update
         for weight, part in zip(shape.weights, y.split(shape.widths, -1), strict=True):
-            torch.mm(x, weight.t(), out=part)
+            part.addmm_(x, weight.t())
     for bias, part in zip(shape.biases, y.split(shape.widths, -1), strict=True):
         if bias is not None:
             part.add_(bias)
     return y
 
 
-def _base_gradient(dy: torch.Tensor, shape: _Shape) -> torch.Tensor:
-    """d x [t, i] of the frozen layers."""
+def _base_gradient(dy: torch.Tensor, shape: _Shape, update: torch.Tensor | None) -> torch.Tensor:
+    """d x [t, i] of the frozen layers, added into ``update``."""
     stacked = shape.stacked()
     if stacked is not None:
-        return dy @ stacked
-    parts = dy.split(shape.widths, -1)
-    dx = parts[0] @ shape.weights[0]
-    for part, weight in zip(parts[1:], shape.weights[1:], strict=True):
+        return dy @ stacked if update is None else update.addmm_(dy, stacked)
+    dx = dy.new_zeros(dy.shape[0], shape.weights[0].shape[1]) if update is None else update
+    for part, weight in zip(dy.split(shape.widths, -1), shape.weights, strict=True):
         dx.addmm_(part, weight)
     return dx

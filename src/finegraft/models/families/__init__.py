@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from finegraft.core.registry import Registry
-from finegraft.models import swap, together
+from finegraft.models import flat, swap, together
 from finegraft.models.families._contract import Family
 
 __all__ = ["FAMILIES", "Family", "apply", "is_padding_free"]
@@ -45,5 +45,5 @@ def is_padding_free(model: nn.Module) -> bool:
     """Whether the model takes flat batches: documents behind one another, no padding."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = getattr(core, core.base_model_prefix, core)
-    on_cpu = next(core.parameters()).device.type == "cpu"
-    return on_cpu and swap.is_swapped(decoder) and getattr(decoder, "takes_documents", False)
+    here = flat.runs_on(next(core.parameters()).device)
+    return here and swap.is_swapped(decoder) and getattr(decoder, "takes_documents", False)

@@ -1,10 +1,11 @@
 """Fast classes for decoders of the Llama shape, shared by their family files.
 
-What: a model that takes flat batches of documents, attention inside documents, rotary, RMS norm
-and gated MLP through our kernels. How: each class is made once from the stock class it replaces;
-with a flat batch on a CPU our path runs, in every other call (generation, padded batches, caches)
-the stock forward does. Constraint: same parameters, same state-dict keys, same results within
-rounding. Trade-off: on GPUs attention stays stock until its kernel has been measured there.
+What: a model whose batches become flat rows of documents, attention inside documents, rotary, RMS
+norm and gated MLP through our kernels. How: each class is made once from the stock class it
+replaces; calls that want states for a loss run our path, every other call (generation, caches) the
+stock forward. Constraint: same parameters, same state-dict keys, same results within rounding.
+Trade-off: each layer leaves its last sum to whoever norms it next, which joins two passes over the
+residual into one and makes a layer's output a pair.
 
 Shapes: t tokens of a flat batch, d hidden, h heads, k key heads, f features of a head.
 """
@@ -143,7 +144,7 @@ class FusedRmsNorm:
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Stock result; no float32 copy is kept for backward."""
-        if not torch.is_grad_enabled() or hidden_states.is_cuda:
+        if not torch.is_grad_enabled():
             return super().forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self._eps(), self.offset)
 
@@ -175,7 +176,7 @@ class FusedGatedMlp:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """Stock result; only gate and up are kept for backward."""
-        if not torch.is_grad_enabled() or x.is_cuda:
+        if not torch.is_grad_enabled():
             return super().forward(x)
         gate, up = together.project([self.gate_proj, self.up_proj], x)
         return self.down_proj(self.activation(gate, up))
@@ -186,7 +187,7 @@ class FusedGateUpMlp:
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Stock result; only gate and up are kept for backward."""
-        if not torch.is_grad_enabled() or hidden_states.is_cuda:
+        if not torch.is_grad_enabled():
             return super().forward(hidden_states)
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
         return self.down_proj(swiglu(gate, up))
