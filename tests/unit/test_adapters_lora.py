@@ -149,3 +149,39 @@ def test_adapter_without_a_base_says_so(saved):
     path.write_text(json.dumps(values))
     with pytest.raises(AdapterError, match="FG-ADAPT-005"):
         directory.open_model(folder / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_four_bit_base_gives_the_gradients_of_its_dense_weights(tmp_path, dtype):
+    """The truth is float64 on the dequantised base; the yardstick is peft's own 4-bit layer."""
+    from finegraft.kernels import nf4
+    from finegraft.models.load import load_model
+
+    llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    model = load_model(tmp_path, load_in_4bit=True, dtype=names[dtype], device_map="cpu")
+    model = lora.attach(model, r=4, init_lora_weights=False)
+    layers = [m for m in model.modules() if type(m).__name__ == "FastLoraLinear4bit"]
+    assert len(layers) == 14
+    layer = layers[0].train()
+    weight = nf4.dense(layer.base_layer.weight, dtype=dtype).double()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dy = torch.randn(7, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    def run(function, x):
+        x = x.clone().requires_grad_()
+        a.grad = b.grad = None
+        y = function(x)
+        y.backward(dy.to(y.dtype))
+        return [y.detach(), x.grad, a.grad.clone(), b.grad.clone()]
+
+    scale = layer.scaling["default"]
+    truth = run(lambda x: x @ weight.t() + x @ a.double().t() @ b.double().t() * scale, x.double())
+    ours = run(layer, x)
+    with swap.stock(layer):
+        stock = run(layer, x)
+    for exact, mine, theirs in zip(truth, ours, stock, strict=True):
+        eps = torch.finfo(dtype).eps
+        error = (mine.double() - exact).norm()
+        assert error <= 2 * (theirs.double() - exact).norm() + eps * exact.norm()

@@ -3,12 +3,14 @@
 What: peft's LoRA with its config, its directories and its module names; its plain linear layers
 run our fused function. How: ``FastLoraLinear`` is set as the class of each injected instance.
 Constraint: whatever the fused function does not reproduce exactly (DoRA, dropout in training,
-several active adapters, merged or disabled adapters, quantized bases) takes peft's own path in the
-same call. Trade-off: those checks cost 2 us a call.
+several active adapters, merged or disabled adapters, 8-bit bases) takes peft's own path in the same
+call. Trade-off: those checks cost 2 us a call.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import re
 from typing import Any
@@ -29,19 +31,17 @@ ALL_LINEAR = "all-linear"
 _NAMES = re.compile(r"[\w\s,]+")  # "q_proj" or "q_proj, v_proj"; anything else is an expression
 
 
-class FastLoraLinear(LoraLinear):
-    """peft's LoRA linear whose plain case is one autograd function."""
+class _Fused:
+    """Mixed into a LoRA linear of peft's: its plain case is one autograd function."""
 
-    stock_class = LoraLinear
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Same result as peft's layer; see ``refusal`` for what is left to it."""
         part = None if args or kwargs else self.lora_part(x)
         if part is None:
             return super().forward(x, *args, **kwargs)
         return lora_group(x, (part,))[0]
 
-    def lora_part(self, x: torch.Tensor) -> Part | None:
+    def lora_part(self: Any, x: torch.Tensor) -> Part | None:
         """What this layer adds to a group of layers with the input ``x``; None: call it."""
         if self.refusal(x) is not None:
             return None
@@ -49,7 +49,7 @@ class FastLoraLinear(LoraLinear):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return Part(base.weight, base.bias, a, b, self.scaling[name])
 
-    def refusal(self, x: torch.Tensor | None = None) -> str | None:
+    def refusal(self: Any, x: torch.Tensor | None = None) -> str | None:
         """Return why this call takes peft's path, or None when it is fast."""
         active = self.active_adapters
         if self.disable_adapters or self.merged or len(active) != 1:
@@ -60,20 +60,59 @@ class FastLoraLinear(LoraLinear):
         if self.lora_bias.get(name):
             return "a LoRA with bias"
         base = self.base_layer
-        if type(base) is not nn.Linear or base.weight.requires_grad:
-            return "the base is quantized, adapted again or trained"
+        if not self._takes(base) or base.weight.requires_grad:
+            return "the base is of another kind, not quantised yet, or trained"
         if base.bias is not None and base.bias.requires_grad:
             return "the base bias is trained"
         if self.training and getattr(self.lora_dropout[name], "p", 0.0) > 0.0:
             return "dropout in training"
-        if x is not None and (x.dtype != base.weight.dtype or _autocast_to(x) is not None):
+        if x is not None and (x.dtype != self._precision(base) or _autocast_to(x) is not None):
             return "mixed precision"
         return None
 
-    def extra_repr(self) -> str:
+    @staticmethod
+    def _takes(base: nn.Module) -> bool:
+        return type(base) is nn.Linear
+
+    @staticmethod
+    def _precision(base: Any) -> torch.dtype:
+        return base.weight.dtype
+
+    def extra_repr(self: Any) -> str:
         """Show peft's own options and whether the fused path is taken."""
         reason = self.refusal()
         return ", ".join(filter(None, [super().extra_repr(), f"fused={reason or True}"]))
+
+
+class FastLoraLinear(_Fused, LoraLinear):
+    """LoRA beside a plain linear layer."""
+
+    stock_class = LoraLinear
+
+
+@functools.cache
+def _fast_classes() -> dict[type, type]:
+    """Fast classes by the class of peft's that each replaces; 4-bit where bitsandbytes is."""
+    found: dict[type, type] = {LoraLinear: FastLoraLinear}
+    with contextlib.suppress(ImportError):
+        from peft.tuners.lora.bnb import Linear4bit
+
+        class FastLoraLinear4bit(_Fused, Linear4bit):
+            """LoRA beside a 4-bit layer, made dense once for forward and once for backward."""
+
+            stock_class = Linear4bit
+
+            @staticmethod
+            def _takes(base: Any) -> bool:
+                state = getattr(base.weight, "quant_state", None)
+                return state is not None and not getattr(state, "packing_format_for_cpu", False)
+
+            @staticmethod
+            def _precision(base: Any) -> torch.dtype:
+                return base.compute_dtype or base.weight.quant_state.dtype
+
+        found[Linear4bit] = FastLoraLinear4bit
+    return found
 
 
 def _autocast_to(x: torch.Tensor) -> torch.dtype | None:
@@ -86,11 +125,12 @@ def _autocast_to(x: torch.Tensor) -> torch.dtype | None:
 
 
 def accelerate(model: nn.Module) -> int:
-    """Swap every plain LoRA linear of ``model`` to ``FastLoraLinear``; return how many are fast."""
+    """Swap every LoRA linear of ``model`` to its fast class; return how many are fast."""
+    fast = _fast_classes()
     return sum(
-        swap.swap(module, FastLoraLinear)
+        swap.swap(module, fast.get(type(module), type(module)))
         for module in model.modules()
-        if type(module) in (LoraLinear, FastLoraLinear)
+        if type(module) in fast or type(module) in fast.values()
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from finegraft.kernels import nf4
 from finegraft.kernels._loops import joined
 
 
@@ -27,7 +28,8 @@ class Part(NamedTuple):
     """One layer of a group.
 
     Attributes:
-        weight: [o, i], frozen.
+        weight: [o, i], frozen; or a 4-bit parameter of bitsandbytes, made dense for each product
+            and never kept.
         bias: [o] or None, frozen.
         lora_a: [r, i] or None.
         lora_b: [o, r] or None.
@@ -69,26 +71,26 @@ class _Shape:
     def __init__(self, parts: tuple[Part, ...]):
         self.weights = [part.weight for part in parts]
         self.biases = [part.bias for part in parts]
-        self.widths = [part.weight.shape[0] for part in parts]
+        self.widths = [_state(part.weight).shape[0] for part in parts]
         starts = [sum(self.widths[:j]) for j in range(len(parts))]
         self.adapted = [
-            (slice(start, start + part.weight.shape[0]), part.lora_b.shape[1], part.scaling)
-            for start, part in zip(starts, parts, strict=True)
+            (slice(start, start + width), part.lora_b.shape[1], part.scaling)
+            for start, width, part in zip(starts, self.widths, parts, strict=True)
             if part.lora_b is not None
         ]
         self.rank = sum(rank for _, rank, _ in self.adapted)
 
-    def stacked(self) -> torch.Tensor | None:
-        """[O, i] without a copy, or None when the weights do not lie behind one another."""
+    def dense(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The weights, as one [O, i] where they lie behind one another."""
+        if any(_state(weight) is not weight for weight in self.weights):
+            return [nf4.dense(weight, dtype=dtype) for weight in self.weights]
         first = self.weights[0]
-        if len(self.weights) == 1:
-            return first
         at = first.data_ptr()
         for weight in self.weights:
             if weight.data_ptr() != at or not weight.is_contiguous():
-                return None
+                return self.weights
             at += weight.numel() * weight.element_size()
-        return first.as_strided((sum(self.widths), first.shape[1]), (first.shape[1], 1))
+        return [first.as_strided((sum(self.widths), first.shape[1]), (first.shape[1], 1))]
 
     def blocks(self) -> list[tuple[slice, slice, float]]:
         """Output columns, rank columns and scale of each adapter."""
@@ -153,14 +155,19 @@ def _outputs(y: torch.Tensor, shape: _Shape) -> tuple[torch.Tensor, ...]:
     return (y,) if len(shape.widths) == 1 else tuple(y.split(shape.widths, -1))
 
 
+def _state(weight: torch.Tensor) -> Any:
+    """What knows the shape of a weight: itself, or the state of a quantised one."""
+    return getattr(weight, "quant_state", None) or weight
+
+
 def _base(x: torch.Tensor, shape: _Shape, update: torch.Tensor | None) -> torch.Tensor:
     """[t, O] of the frozen layers, added into ``update``."""
-    weight = shape.stacked()
-    if weight is not None:
-        y = x @ weight.t() if update is None else update.addmm_(x, weight.t())
+    weights = shape.dense(x.dtype)
+    if len(weights) == 1:
+        y = x @ weights[0].t() if update is None else update.addmm_(x, weights[0].t())
     else:
         y = x.new_zeros(x.shape[0], sum(shape.widths)) if update is None else update
-        for weight, part in zip(shape.weights, y.split(shape.widths, -1), strict=True):
+        for weight, part in zip(weights, y.split(shape.widths, -1), strict=True):
             part.addmm_(x, weight.t())
     for bias, part in zip(shape.biases, y.split(shape.widths, -1), strict=True):
         if bias is not None:
@@ -170,10 +177,10 @@ def _base(x: torch.Tensor, shape: _Shape, update: torch.Tensor | None) -> torch.
 
 def _base_gradient(dy: torch.Tensor, shape: _Shape, update: torch.Tensor | None) -> torch.Tensor:
     """d x [t, i] of the frozen layers, added into ``update``."""
-    stacked = shape.stacked()
-    if stacked is not None:
-        return dy @ stacked if update is None else update.addmm_(dy, stacked)
-    dx = dy.new_zeros(dy.shape[0], shape.weights[0].shape[1]) if update is None else update
-    for part, weight in zip(dy.split(shape.widths, -1), shape.weights, strict=True):
+    weights = shape.dense(dy.dtype)
+    if len(weights) == 1:
+        return dy @ weights[0] if update is None else update.addmm_(dy, weights[0])
+    dx = dy.new_zeros(dy.shape[0], weights[0].shape[1]) if update is None else update
+    for part, weight in zip(dy.split(shape.widths, -1), weights, strict=True):
         dx.addmm_(part, weight)
     return dx
