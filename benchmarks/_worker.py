@@ -146,12 +146,11 @@ def run_bare(job: dict, turns: Turns):
     return model
 
 
-def run_finegraft(job: dict, turns: Turns, keep_memory: bool):
+def run_finegraft(job: dict, turns: Turns, share_prefix: bool):
     import finegraft
     from finegraft.core.process import keep_freed_memory
 
-    if keep_memory:
-        keep_freed_memory()
+    keep_freed_memory()  # as the command line does for its own process
     model, tokenizer = finegraft.FastLanguageModel.from_pretrained(
         job["model"], dtype="bfloat16", max_seq_length=None
     )
@@ -160,7 +159,7 @@ def run_finegraft(job: dict, turns: Turns, keep_memory: bool):
     )
     trainer = finegraft.SFTTrainer(
         model=model,
-        args=finegraft.SFTConfig(**settings(job)),
+        args=finegraft.SFTConfig(**settings(job), share_prefix=share_prefix),
         train_dataset=dataset(job),
         processing_class=tokenizer,
         callbacks=[callback(turns)],
@@ -174,7 +173,7 @@ CONTENDERS = {
     "trl-bf16": lambda job, turns: run_trl(job, turns, "bfloat16"),
     "peft-bare-bf16": run_bare,
     "finegraft": lambda job, turns: run_finegraft(job, turns, False),
-    "finegraft-cli": lambda job, turns: run_finegraft(job, turns, True),
+    "finegraft-shared": lambda job, turns: run_finegraft(job, turns, True),
 }
 
 

@@ -5,7 +5,7 @@ at a time in turns; medians, ratios, held-out loss and the share of the machine'
 go to a table, a picture and a JSON. Constraint: nothing is compared across runs. A step's time is
 from its start to the next one's, trainer included.
 
-    python benchmarks/cpu_sft.py [--quick]
+    python benchmarks/cpu_sft.py [--quick] [--documents 1024]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import _report
 HERE = Path(__file__).parent
 WARM_UP_STEPS = 2
 PEERS = ("trl-float32", "trl-bf16", "peft-bare-bf16")
-OURS = ("finegraft", "finegraft-cli")
+OURS = ("finegraft", "finegraft-shared")
 
 
 class Contender:
@@ -81,38 +81,56 @@ def rows(count: int, heldout: int) -> tuple[Any, Any, str]:
     return done[0], done[1], str(path)
 
 
+def joined(part: Any, tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows behind one another as documents of ``tokens``, labels as they are."""
+    ids = [i for row in part.input_ids for i in row]
+    labels = [i for row in part.labels for i in row]
+    starts = range(0, len(ids) - tokens + 1, tokens)
+    return [ids[s : s + tokens] for s in starts], [labels[s : s + tokens] for s in starts]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under five minutes")
     parser.add_argument("--steps", type=int, help="optimizer steps each")
-    parser.add_argument("--batch", type=int, default=16, help="rows a step")
+    parser.add_argument("--batch", type=int, help="rows a step (32, or 2 documents)")
+    parser.add_argument("--documents", type=int, help="tokens of a document; unset: chat rows")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--only", nargs="*", help="contenders to run")
     chosen = parser.parse_args()
-    steps = chosen.steps or (8 if chosen.quick else 30)
+    steps = chosen.steps or (6 if chosen.quick else 24)
+    batch = chosen.batch or (2 if chosen.documents else 32)
     train, held, model = rows(660, 24 if chosen.quick else 60)
+    ids, labels = train.input_ids, train.labels
+    if chosen.documents:
+        ids, labels = joined(train, chosen.documents)
     job = {
         "model": model,
         "r": 16,
         "steps": steps,
-        "batch": chosen.batch,
+        "batch": batch,
         "threads": chosen.threads,
         "learning_rate": 2e-4,
-        "input_ids": train.input_ids,
-        "labels": train.labels,
+        "input_ids": ids,
+        "labels": labels,
         "heldout_ids": held.input_ids,
         "heldout_labels": held.labels,
     }
-    names = chosen.only or [*PEERS, *OURS]
+    ours = OURS[:1] if chosen.documents else OURS
+    names = chosen.only or [*PEERS, *ours]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job))
         found = race(names, file, Path(folder), steps)
-    mean_tokens = train.counts.tokens / train.counts.rows * chosen.batch
-    mean_labels = train.counts.trained_tokens / train.counts.rows * chosen.batch
+    per_row = batch / len(ids)
+    mean_tokens = sum(map(len, ids)) * per_row
+    mean_labels = sum(label != -100 for row in labels for label in row) * per_row
     result = summary(found, job, mean_tokens, mean_labels)
-    _report.write(result, chosen.output / "cpu_sft.json")
+    if chosen.documents:
+        result["name"] += f"_{chosen.documents}"
+        result["task"] = f"LoRA r=16, SmolLM2-135M, {batch} documents of {chosen.documents} tokens"
+    _report.write(result, chosen.output / f"{result['name']}.json")
 
 
 def race(names: list[str], job: Path, folder: Path, steps: int) -> list[Contender]:
@@ -149,7 +167,8 @@ def summary(found: list[Contender], job: dict, tokens: float, labels: float) -> 
             }
         )
     by_name = {row["contender"]: row for row in table}
-    best = by_name.get("finegraft-cli") or table[-1]
+    best = by_name.get("finegraft") or table[-1]
+    shared = by_name.get("finegraft-shared") or best
     peers = [row for row in table if row["contender"] in PEERS]
     # Frozen products: 2 flops a weight forward, 2 for the input's gradient; the head on labels.
     flops = 4 * 106.2e6 * tokens + 4 * 28.3e6 * labels
@@ -163,6 +182,7 @@ def summary(found: list[Contender], job: dict, tokens: float, labels: float) -> 
             row["contender"]: {
                 "tokens_per_second": best["tokens_per_second"] / row["tokens_per_second"],
                 "peak_memory": best["peak_memory_bytes"] / row["peak_memory_bytes"],
+                "rows_per_second_shared": shared["rows_per_second"] / row["rows_per_second"],
                 "heldout_loss": best["heldout_loss"] / row["heldout_loss"],
             }
             for row in peers

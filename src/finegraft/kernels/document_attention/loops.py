@@ -14,7 +14,17 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from finegraft.kernels._compile import halves, integers, narrow, share, thread, wide
+from finegraft.kernels._compile import (
+    exp,
+    halves,
+    integers,
+    narrow,
+    real,
+    share,
+    singles,
+    thread,
+    wide,
+)
 
 
 @njit(inline="always")
@@ -81,3 +91,34 @@ def lower(pointer):
             x = halves(a[0] + 2 * at, f)
             y = halves(a[2] + 2 * (row * a[3] + head * f), f)
             _rotated(x, y, cos, sin, pairs, f, np.float32(-1.0))
+
+
+def score_gradient(pointer):
+    """scores, dp [k, g * c, s], lse and delta [k * g, l], k, g, c, s, l, first place, scale.
+
+    The scores become probabilities and dp the gradient of the unscaled products, in place; the
+    block's query i stands at ``first place + i`` and sees no key behind itself.
+    """
+    a = carray(pointer, (11,))
+    keys, groups, queries, seen, length, start = a[4], a[5], a[6], a[7], a[8], a[9]
+    scale = real(a[10])
+    lse, delta = singles(a[2], keys * groups * length), singles(a[3], keys * groups * length)
+    me, threads = thread()
+    begin, end = share(keys * groups * queries, me, threads)
+    for row in range(begin, end):
+        head, query = row // queries, row % queries
+        high = lse[head * length + start + query]
+        low = delta[head * length + start + query]
+        p, ds = halves(a[0] + 2 * row * seen, seen), halves(a[1] + 2 * row * seen, seen)
+        visible = start + query + 1
+        for j in range(visible):
+            value = exp(wide(p[j]) * scale - high)
+            ds[j] = narrow(value * (wide(ds[j]) - low) * scale)
+            p[j] = narrow(value)
+        hidden_p, hidden_ds = (
+            halves(a[0] + 2 * (row * seen + visible), seen - visible),
+            halves(a[1] + 2 * (row * seen + visible), seen - visible),
+        )
+        for j in range(seen - visible):
+            hidden_p[j] = np.uint16(0)
+            hidden_ds[j] = np.uint16(0)
