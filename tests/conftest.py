@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+KERNELS = Path(__file__).parents[1] / "src" / "finegraft" / "kernels"
+
+
+def pytest_configure():
+    """Forget compiled loops older than what they share; numba looks at their own file only."""
+    newest = (KERNELS / "_compile.py").stat().st_mtime
+    for kept in KERNELS.rglob("*.nb[ci]"):
+        if kept.stat().st_mtime < newest:
+            kept.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)

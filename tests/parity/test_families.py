@@ -208,6 +208,17 @@ def test_swap_keeps_keys_generates_the_same_and_is_undone(name):
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
 
 
+def test_hidden_states_of_every_layer_come_from_the_stock_forward():
+    model = made("llama")
+    ids = torch.tensor([[5, 9, 33, 2]])
+    expected = model(ids, output_hidden_states=True).hidden_states
+    families.apply(model)
+    found = model(ids, output_hidden_states=True).hidden_states
+    assert len(found) == 3
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_an_unknown_family_trains_stock_and_says_why():
     from transformers import OPTConfig, OPTForCausalLM
 

@@ -45,8 +45,8 @@ def _pointer(element: Any, bits: Any) -> Any:
     return point
 
 
-_float_of = _bitcast(types.uint32, types.float32, ir.FloatType())
-_bits_of = _bitcast(types.float32, types.uint32, ir.IntType(32))
+float_of = _bitcast(types.uint32, types.float32, ir.FloatType())
+bits_of = _bitcast(types.float32, types.uint32, ir.IntType(32))
 _double_of = _bitcast(types.int64, types.float64, ir.DoubleType())
 _half_pointer = _pointer(types.uint16, ir.IntType(16))
 _single_pointer = _pointer(types.float32, ir.FloatType())
@@ -56,13 +56,13 @@ _integer_pointer = _pointer(types.int64, ir.IntType(64))
 @njit(inline="always")
 def wide(half):
     """Bfloat16 bits to float32."""
-    return _float_of(np.uint32(half) << np.uint32(16))
+    return float_of(np.uint32(half) << np.uint32(16))
 
 
 @njit(inline="always")
 def narrow(single):
     """float32 to bfloat16 bits, to the nearest, ties to even; the processor's nan stays nan."""
-    bits = _bits_of(single)
+    bits = bits_of(single)
     return np.uint16(
         (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     )
@@ -88,7 +88,7 @@ def exp(x):
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
-    power = _float_of(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    power = float_of(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
     return (p * r * r + r + np.float32(1.0)) * power
 
 
@@ -130,5 +130,10 @@ def thread():
 
 def address(body: Callable[[Any], None]) -> int:
     """Compile a loop of one argument, a pointer to int64 arguments, and return where it is."""
-    compiled: int = cfunc(_SIGNATURE, cache=True, fastmath=FAST, error_model="numpy")(body).address
-    return compiled
+    options = {"fastmath": FAST, "error_model": "numpy"}
+    try:
+        compiled = cfunc(_SIGNATURE, cache=True, **options)(body)
+    except OSError:  # nowhere to keep it: a full disk, say
+        compiled = cfunc(_SIGNATURE, **options)(body)
+    found: int = compiled.address
+    return found

@@ -58,6 +58,8 @@ def _part(module: Any, x: torch.Tensor) -> kernel.Part | None:
     if hasattr(module, "lora_part"):
         found: kernel.Part | None = module.lora_part(x)
         return found
+    if torch.is_autocast_enabled(x.device.type):
+        return None
     if type(module) is not nn.Linear or "forward" in vars(module):
         return None
     if module.weight.requires_grad or module.weight.dtype != x.dtype:

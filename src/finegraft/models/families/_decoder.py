@@ -23,7 +23,7 @@ from finegraft.kernels.add_rms_norm import add_rms_norm
 from finegraft.kernels.document_attention import document_attention
 from finegraft.kernels.rms_norm import rms_norm
 from finegraft.kernels.swiglu import swiglu
-from finegraft.models import flat, together
+from finegraft.models import flat, swap, together
 from finegraft.models.families._contract import Family
 
 
@@ -42,7 +42,8 @@ class DocumentModel:
         rows = kwargs.pop("rows", None)
         batch = flat.take(self.config, self.training, input_ids, kwargs)
         if batch is None:
-            out = super().forward(input_ids, **kwargs)
+            with swap.stock(self):  # transformers looks up by class name what it is to record
+                out = self.forward(input_ids, **kwargs)
             if rows is not None:
                 states = out.last_hidden_state
                 out.last_hidden_state = states.reshape(-1, states.shape[-1])[rows][None]
