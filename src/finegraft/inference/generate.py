@@ -3,10 +3,11 @@
 What: ``complete`` for lists of conversations, ``stream`` for one. How: prompts come from the one
 renderer in ``data.render``; batches are padded on the left here, with the mask and the positions
 spelled out, so that ``pad == eos`` and the tokenizer's own padding side do not matter; the tokens
-come from the model's ``generate``. Constraint: greedy answers do not depend on the batch they are
-computed in (float32). Sampling options that a model's author put in its generation configuration
-are not used, only its stop tokens: what is passed is what happens. Trade-off: sampled answers do
-depend on the batch, because one random stream serves all of its rows.
+come from the model's ``generate``, whose loop is that of ``decode`` where the model allows it.
+Constraint: greedy answers do not depend on the batch they are computed in (float32). Sampling
+options that a model's author put in its generation configuration are not used, only its stop
+tokens: what is passed is what happens. Trade-off: sampled answers do depend on the batch, because
+one random stream serves all of its rows.
 
 Shapes: b rows of a batch, t tokens of its longest prompt.
 """
@@ -25,6 +26,7 @@ import torch
 from finegraft.core.errors import ConfigError, DataError
 from finegraft.data.conversation import Message
 from finegraft.data.render import render_prompt, stop_token_ids
+from finegraft.inference.decode import decoding
 from finegraft.inference.modes import answering
 
 
@@ -48,7 +50,12 @@ def _context_length(model: Any) -> int | None:
 
 
 def _options(
-    model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float
+    model: Any,
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    prompt_lookup_num_tokens: int | None,
 ) -> Any:
     """A generation configuration in which nothing is left for the model's own to fill in.
 
@@ -64,8 +71,15 @@ def _options(
             allowed="max_new_tokens >= 1, temperature >= 0 (0: greedy), 0 < top_p <= 1",
             fix="for example max_new_tokens=256, temperature=0.7, top_p=0.9",
         )
+    sampling, looked_up = temperature > 0, prompt_lookup_num_tokens
+    if looked_up is not None and (looked_up < 1 or sampling):
+        raise ConfigError(
+            "FG-GEN-002",
+            f"prompt_lookup_num_tokens={looked_up}, temperature={temperature}",
+            allowed="prompt_lookup_num_tokens >= 1, with temperature=0 (greedy)",
+            fix="leave one of them out",
+        )
     stops = _stop_ids(model, tokenizer)
-    sampling = temperature > 0
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampling,
@@ -77,6 +91,7 @@ def _options(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         use_cache=True,
+        prompt_lookup_num_tokens=looked_up,
         eos_token_id=stops or None,
         pad_token_id=_pad_id(tokenizer, stops),
     )
@@ -143,6 +158,7 @@ def complete(
     top_p: float = 1.0,
     seed: int | None = None,
     batch_size: int = 8,
+    prompt_lookup_num_tokens: int | None = None,
 ) -> list[str]:
     """Answer every conversation.
 
@@ -155,6 +171,9 @@ def complete(
         top_p: Sample from the likeliest tokens that have this share together.
         seed: Makes sampling repeatable for one ``batch_size``.
         batch_size: Conversations at a time.
+        prompt_lookup_num_tokens: Guess up to this many tokens from the text so far and check them
+            at once. The answer stays the same; answers that repeat their prompt come several times
+            faster, one conversation at a time. 10 is a good start; None: off.
 
     Returns:
         The answers without special tokens, in the order of ``conversations``.
@@ -163,11 +182,16 @@ def complete(
         DataError: FG-GEN-001, a prompt that is empty or fills the model's context.
         ConfigError: FG-GEN-002, a number out of range.
     """
-    options = _options(model, tokenizer, max_new_tokens, temperature, top_p)
+    options = _options(
+        model, tokenizer, max_new_tokens, temperature, top_p, prompt_lookup_num_tokens
+    )
     prompts = _prompts(model, tokenizer, conversations)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers = [""] * len(prompts)
-    with answering(model), _seeded(seed, model.device):
+    if prompt_lookup_num_tokens is not None:
+        batch_size = 1
+    keep = not model.training  # a model that trains has no memory to spare between answers
+    with answering(model), decoding(model, keep), _seeded(seed, model.device):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = _left_padded([prompts[i] for i in batch], options.pad_token_id, model.device)
@@ -226,6 +250,7 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    prompt_lookup_num_tokens: int | None = None,
 ) -> Iterator[str]:
     """Answer one conversation piece by piece.
 
@@ -240,6 +265,9 @@ def stream(
         temperature: 0 takes the likeliest token each time; above 0 samples.
         top_p: Sample from the likeliest tokens that have this share together.
         seed: Makes sampling repeatable.
+        prompt_lookup_num_tokens: Guess up to this many tokens from the text so far and check them
+            at once. The answer stays the same; answers that repeat their prompt come several times
+            faster. 10 is a good start; None: off.
 
     Returns:
         An iterator of text; joined, it is what ``complete`` returns.
@@ -248,7 +276,9 @@ def stream(
         DataError: FG-GEN-001, a prompt that is empty or fills the model's context.
         ConfigError: FG-GEN-002, a number out of range.
     """
-    options = _options(model, tokenizer, max_new_tokens, temperature, top_p)
+    options = _options(
+        model, tokenizer, max_new_tokens, temperature, top_p, prompt_lookup_num_tokens
+    )
     prompts = _prompts(model, tokenizer, [messages])
     inputs = _left_padded(prompts, options.pad_token_id, model.device)
     return _streamed(model, tokenizer, inputs, options, seed)
@@ -273,7 +303,8 @@ def _streamed(
                 **inputs, generation_config=options, streamer=tokens, stopping_criteria=halt
             )
 
-    with answering(model), ThreadPoolExecutor(1, "finegraft-stream") as pool:
+    keep = not model.training
+    with answering(model), decoding(model, keep), ThreadPoolExecutor(1, "finegraft-stream") as pool:
         job = pool.submit(work)
         job.add_done_callback(lambda _: tokens.queue.put(None))
         try:

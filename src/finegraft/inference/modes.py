@@ -3,20 +3,26 @@
 What: ``for_inference`` and ``for_training``, the pair that Unsloth's scripts call, and
 ``answering``, eval mode for a block. How: what is changed is written down (training flag of every
 module, ``use_cache`` of every configuration, checkpointing of every block) and put back from that
-record, so a module that somebody froze in eval mode stays there. Constraint: no weight is touched,
-nothing is merged. Trade-off: the record lives beside the model, not on it, so a deep copy starts
+record, so a module that somebody froze in eval mode stays there; ``decode`` gives ``generate`` its
+fast loop and takes it away again. Constraint: no weight of the model is touched; adapters are
+merged into a copy. Trade-off: the record lives beside the model, not on it, so a deep copy starts
 without one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from finegraft.inference import decode
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,9 @@ def _start_training(modules: list[nn.Module]) -> None:
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """Put ``model`` in eval mode with its cache on and checkpointing off. Twice is fine.
+    """Put ``model`` in eval mode, cache on, checkpointing off, fast ``generate``. Twice is fine.
+
+    A model whose ``generate`` stays as it is (an unknown family, say) is told in one logged line.
 
     Args:
         model: Any ``nn.Module``; an adapter may be attached.
@@ -73,6 +81,9 @@ def for_inference(model: nn.Module) -> nn.Module:
     for config in configs:
         config.use_cache = True
     model.eval()
+    reason = decode.attach(model)
+    if reason is not None:
+        logger.info("generate stays transformers': %s", reason)
     return model
 
 
@@ -88,6 +99,7 @@ def for_training(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
+    decode.detach(model)
     record = _records.pop(model, None)
     if record is not None:
         for module in record.checkpointed:

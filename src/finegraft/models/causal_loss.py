@@ -133,7 +133,7 @@ def fast_class(stock_class: type[nn.Module]) -> type[nn.Module]:
 def apply(model: nn.Module) -> bool:
     """Swap the causal model inside ``model`` (itself, or what peft wraps); True when it is fast."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if swap.is_swapped(core):
+    if isinstance(core, CompactLoss):
         return True
     reason = _reason_against(core)
     if reason is not None:

@@ -17,8 +17,8 @@ from numba import carray, njit
 
 from finegraft.kernels._compile import (
     bits_of,
-    float_of,
     exp,
+    float_of,
     halves,
     integers,
     narrow,
