@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,14 @@ def product_rate(threads: int) -> float:
     return best
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write JSON and PNG, and print the table."""
+def write(
+    result: dict[str, Any], path: Path, in_words: Callable[[dict], str] | None = None
+) -> None:
+    """Write JSON and PNG, and print the table (``in_words``, or the one of training runs)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     picture(result, path.with_suffix(".png"))
-    print(table(result))
+    print((in_words or table)(result))
     print(f"wrote {path}", file=sys.stderr)
 
 

@@ -162,6 +162,28 @@ def summary(
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    best = result["rows"][-1]
+    lines = [
+        "| contender | rows/s | peak memory | held-out accuracy | finegraft is |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['contender']} | {row['rows_per_second']:.1f} "
+            f"| {row['peak_memory_bytes'] / 1e9:.1f} GB | {row['accuracy']:.1%} "
+            f"| {best['rows_per_second'] / row['rows_per_second']:.1f}x |"
+        )
+    used = result["settings"]
+    lines += [
+        "",
+        f"{result['task']}; accuracy after {used['epochs']} epochs of {used['train_rows']} rows on "
+        f"{used['heldout_rows']} others, {len(best['accuracies'])} seed(s).",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under five minutes")
@@ -207,9 +229,7 @@ def main() -> None:
         seeds = list(range(11, 11 + (chosen.seeds or (1 if quick else 3))))
         scored = accuracy(names, job, seeds, Path(folder))
     result = summary(timed, scored, job, sum(map(len, lengths)) / len(lengths))
-    _report.write(result, chosen.output / "cpu_classify.json")
-    for row in result["rows"]:
-        print(f"{row['contender']}: held-out accuracy {row['accuracy']:.1%}")
+    _report.write(result, chosen.output / "cpu_classify.json", table)
 
 
 if __name__ == "__main__":

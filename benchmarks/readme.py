@@ -12,8 +12,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import _report
+import cpu_classify
+import cpu_decode
+import scaling
 
 ROOT = Path(__file__).parents[1]
+# Names of results and the function that puts each in words; training runs share one.
+TABLES = {
+    "cpu_classify": cpu_classify.table,
+    "cpu_decode": cpu_decode.table,
+    "scaling": scaling.table,
+}
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 
 
@@ -22,9 +31,10 @@ def section() -> str:
     parts = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(
-            f"`python benchmarks/{path.stem}.py` on one machine:\n\n{_report.table(result)}"
-        )
+        words = TABLES.get(path.stem, _report.table)
+        name, _, tokens = path.stem.rpartition("_")
+        command = f"{name}.py --documents {tokens}" if tokens.isdigit() else f"{path.stem}.py"
+        parts.append(f"`python benchmarks/{command}`:\n\n{words(result)}")
     return "\n\n".join(parts)
 
 

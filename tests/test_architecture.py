@@ -32,6 +32,8 @@ NEVER = {("data", "models"), ("data", "kernels"), ("kernels", "data")}
 # Where a dependency may be imported, as path prefixes below the package.
 CONFINED = {
     "triton": ("kernels/",),
+    "numba": ("kernels/", "inference/step_loops.py"),
+    "llvmlite": ("kernels/_compile.py", "inference/step_loops.py"),
     "bitsandbytes": ("models/quantize.py", "kernels/nf4/"),
     "peft": ("adapters/",),
     "trl": ("training/",),

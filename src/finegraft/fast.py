@@ -207,7 +207,7 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Eval mode with the cache on; ``for_training`` restores exactly what was."""
+        """Eval mode with the cache on and a fast ``generate``; ``for_training`` takes both back."""
         return modes.for_inference(model)
 
     @staticmethod
