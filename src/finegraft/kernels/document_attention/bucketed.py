@@ -26,6 +26,9 @@ _SCORES = _loops.Kernel("document_attention", "score_gradient")
 
 # Queries of a block of a long document: the scores of one block and all its keys are in memory.
 _BLOCK = 256
+# The same where nothing is kept of a block: smaller ones compute less that the mask hides
+# (1,024 tokens, 9 heads: 11.0 ms at 128, 13.6 at 256, 16.0 at 512).
+_FLASH_BLOCK = 128
 
 
 def document_attention(
@@ -108,7 +111,7 @@ class _Flash(torch.autograd.Function):
         lse = lse.contiguous()
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
-        for block in _blocks(length, None):
+        for block in _blocks(length, None, _FLASH_BLOCK):
             own_q, own_do = (x[:, :, block.own].reshape(keys, -1, f) for x in (q, do))
             p = torch.bmm(own_q, k[:, block.seen].transpose(1, 2))  # [k, g * c, s]
             ds = torch.bmm(own_do, v[:, block.seen].transpose(1, 2))
@@ -295,10 +298,8 @@ class _Blocks(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=8)
-def _blocks(length: int, window: int | None) -> list[_Block]:
-    return [
-        _Block(start, min(start + _BLOCK, length), window) for start in range(0, length, _BLOCK)
-    ]
+def _blocks(length: int, window: int | None, size: int = _BLOCK) -> list[_Block]:
+    return [_Block(start, min(start + size, length), window) for start in range(0, length, size)]
 
 
 class _Block:
