@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -63,6 +64,7 @@ def write(
     result: dict[str, Any], path: Path, in_words: Callable[[dict], str] | None = None
 ) -> None:
     """Write JSON and PNG, and print the table (``in_words``, or the one of training runs)."""
+    result["command"] = command()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     picture(result, path.with_suffix(".png"))
@@ -78,23 +80,37 @@ def table(result: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
+        ours = row["contender"].startswith("finegraft")
         ratio = best["tokens_per_second"] / row["tokens_per_second"]
+        times = "" if ours else f"{ratio:.1f}x as fast"
         lines.append(
             f"| {LABELS.get(row['contender'], row['contender'])} "
             f"| {row['tokens_per_second']:.0f} | {row['rows_per_second']:.1f} "
             f"| {row['peak_memory_bytes'] / 1e9:.1f} GB | {row['heldout_loss']:.3f} "
-            f"| {ratio:.1f}x |"
+            f"| {times} |"
         )
-    facts = result["machine"]
     lines += [
         "",
-        f"{result['task']}; {facts['threads']} threads of {facts['cpu']}"
-        f"{', native bf16' if facts['native_bf16'] else ''}, {facts['date']}, torch "
-        f"{result['versions']['torch']}, transformers {result['versions']['transformers']}, trl "
-        f"{result['versions']['trl']}; median of alternating steps in one run. finegraft's matrix "
-        f"products alone are {result['roofline_fraction']:.0%} of what this machine does.",
+        f"{result['task']}; {where(result)}; median of alternating steps in one run. finegraft's "
+        f"matrix products alone are {result['roofline_fraction']:.0%} of what this machine does.",
     ]
     return "\n".join(lines)
+
+
+def command() -> str:
+    """How this was run, from the repository's root."""
+    given = [a for a in sys.argv[1:] if a != "--output"]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
+
+
+def where(result: dict[str, Any]) -> str:
+    """The machine, the day and the versions of a result."""
+    facts, versions = result["machine"], result["versions"]
+    return (
+        f"{facts['threads']} threads of {facts['cpu']}"
+        f"{', native bf16' if facts['native_bf16'] else ''}, {facts['date']}, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}, trl {versions['trl']}"
+    )
 
 
 def picture(result: dict[str, Any], path: Path) -> None:

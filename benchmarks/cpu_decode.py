@@ -192,6 +192,7 @@ def summary(found: list[Contender], job: dict[str, Any]) -> dict[str, Any]:
         "text to copy; reading the prompt included",
         "machine": _report.machine(job["threads"]),
         "versions": _report.versions(),
+        "command": _report.command(),
         "rows": rows,
         "ratios": ratios,
         "roofline_fraction": best["one"] / rates["reading", "one"],

@@ -29,13 +29,17 @@ START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 def section() -> str:
     """All committed results as Markdown, with the commands that made them."""
     parts = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"), key=_order):
         result = json.loads(path.read_text(encoding="utf-8"))
         words = TABLES.get(path.stem, _report.table)
-        name, _, tokens = path.stem.rpartition("_")
-        command = f"{name}.py --documents {tokens}" if tokens.isdigit() else f"{path.stem}.py"
-        parts.append(f"`python benchmarks/{command}`:\n\n{words(result)}")
+        machine = "" if words is _report.table else f"\n\n({_report.where(result)})"
+        parts.append(f"`{result['command']}`:\n\n{words(result)}{machine}")
     return "\n\n".join(parts)
+
+
+def _order(path: Path) -> tuple[bool, str]:
+    """Training first, then by name."""
+    return not path.stem.startswith("cpu_sft"), path.stem
 
 
 def main() -> None:

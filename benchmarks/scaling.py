@@ -188,6 +188,7 @@ def main() -> None:
         "task": "one forward and backward, SmolLM2's shape with 6 layers, LoRA r=16",
         "machine": _report.machine(chosen.threads),
         "versions": _report.versions(),
+        "command": _report.command(),
         "rows": rows,
         "ratios": slopes,
         "roofline_fraction": None,
