@@ -1,4 +1,4 @@
-"""Put the newest results into the README, between its benchmark markers.
+"""Put the committed results into docs/benchmarks.md, and the peers' into the README as well.
 
 python benchmarks/readme.py
 """
@@ -16,6 +16,10 @@ import cpu_classify
 import cpu_decode
 import scaling
 
+NOTE = (
+    "Written by `python benchmarks/readme.py` from `benchmarks/results`. What bounds what, and "
+    "what was tried without success, is in [lab-notes.md](lab-notes.md)."
+)
 ROOT = Path(__file__).parents[1]
 # Names of results and the function that puts each in words; training runs share one.
 TABLES = {
@@ -23,13 +27,17 @@ TABLES = {
     "cpu_decode": cpu_decode.table,
     "scaling": scaling.table,
 }
+# Too long for the README.
+ONLY_IN_DOCS = ("scaling", "cpu_sft_1024")
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 
 
-def section() -> str:
+def section(leave_out: tuple[str, ...] = ()) -> str:
     """All committed results as Markdown, with the commands that made them."""
     parts = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"), key=_order):
+        if path.stem in leave_out:
+            continue
         result = json.loads(path.read_text(encoding="utf-8"))
         words = TABLES.get(path.stem, _report.table)
         machine = "" if words is _report.table else f"\n\n({_report.where(result)})"
@@ -47,7 +55,10 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    readme.write_text(f"{before}{START}\n{section()}\n{END}{after}", encoding="utf-8")
+    short = section(leave_out=ONLY_IN_DOCS)
+    readme.write_text(f"{before}{START}\n{short}\n{END}{after}", encoding="utf-8")
+    page = ROOT / "docs" / "benchmarks.md"
+    page.write_text(f"# Measured\n\n{NOTE}\n\n{section()}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from finegraft.inference.weights import LANES, Layer, Weights, padded
+from finegraft.kernels._loops import as_int
 from finegraft.kernels.document_attention import Documents, document_attention
 from finegraft.kernels.rotary import rotate
 
@@ -234,7 +234,7 @@ class _CompiledStep:
             *(workspace, private, qkv, padded(s.qkv), attended, o_, delta, gate, up),
             *(w.norm, w.head, w.head_bias, padded(s.v), self.logits, 0),
         )
-        self.arguments = (ctypes.c_int64 * len(values))(*(_as_int(value) for value in values))
+        self.arguments = (ctypes.c_int64 * len(values))(*(as_int(value) for value in values))
 
     def __call__(
         self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
@@ -255,15 +255,4 @@ def _pointers(layer: Layer, session: Session, number: int) -> list[int]:
     qkv, out, gate_up, down = layer.biases
     values = (layer.qkv, qkv, layer.out, out, layer.gate_up, layer.down, *layer.norms, *norms)
     caches = (session.keys[number], session.values[number], layer.window, gate_up, down)
-    return [_as_int(value) for value in (*values, *caches)]
-
-
-def _as_int(value: torch.Tensor | float | None) -> int:
-    if value is None:
-        return 0
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr()
-    if isinstance(value, float):
-        bits: int = struct.unpack("q", struct.pack("d", value))[0]
-        return bits
-    return int(value)
+    return [as_int(value) for value in (*values, *caches)]

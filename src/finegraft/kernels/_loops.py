@@ -88,12 +88,13 @@ class Kernel:
             elements: Roughly how many numbers are touched; a few run on this thread alone.
             values: Tensors (their address), numbers (as they are), None (zero).
         """
-        packed = (ctypes.c_int64 * len(values))(*(_as_int(value) for value in values))
+        packed = (ctypes.c_int64 * len(values))(*(as_int(value) for value in values))
         threads = 1 if elements < _SERIAL_ELEMENTS else torch.get_num_threads()
         self._parallel(self._address, ctypes.addressof(packed), threads, 0)
 
 
-def _as_int(value: torch.Tensor | int | float | None) -> int:
+def as_int(value: torch.Tensor | int | float | None) -> int:
+    """What a loop is given for a value: a tensor's address, a float's bits, zero for None."""
     if value is None:
         return 0
     if isinstance(value, torch.Tensor):
