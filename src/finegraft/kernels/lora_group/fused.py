@@ -1,11 +1,11 @@
 """Products over all layers of a group at once, in one autograd function.
 
-How: the updates are computed first and the base product is added into them, so that a small update
-is rounded together with the sum and not after it, where bfloat16 would lose it; the same in
-backward. Only x and the [t, R] product are kept. Constraint: the base gets no gradient; master
-weights of the adapters may be float32 while x is bfloat16, and are cast once a call (they are
-small). Trade-off: all B_j stand in one block-diagonal matrix, whose zeros cost less than a product
-each; the scale is folded into it before the cast, one rounding instead of two.
+How: in half precision the updates are computed first and the base product is added into them, so
+that a small update is rounded together with the sum and not after it, where bfloat16 would lose it;
+the same in backward. Only x and the [t, R] product are kept. Constraint: the base gets no gradient;
+master weights of the adapters may be float32 while x is bfloat16, and are cast once a call (they
+are small). Trade-off: all B_j stand in one block-diagonal matrix, whose zeros cost less than a
+product each; the scale is folded into it before the cast, one rounding instead of two.
 
 peft's layer costs 34 us of Python a call against 7 us for the base linear, upcasts x to float32 and
 runs the side products at a quarter of the bf16 rate.
@@ -120,7 +120,10 @@ class _LoraGroup(torch.autograd.Function):
             for part, (columns, ranks, scaling) in zip(lora_b, shape.blocks(), strict=True):
                 b[columns, ranks] = part * scaling
         xa = x @ a.t()  # [t, R]
-        y = _base(x, shape, xa @ b.t())
+        if x.dtype.itemsize >= 4:  # peft's order of summation, and so its bits or nearly
+            y = _base(x, shape, None).addmm_(xa, b.t())
+        else:
+            y = _base(x, shape, xa @ b.t())
         ctx.save_for_backward(x, a, b, xa)
         ctx.adapter_dtype = lora_a[0].dtype
         return _outputs(y, shape)
