@@ -21,7 +21,7 @@ from torch import nn
 from finegraft.adapters import lora
 from finegraft.core.errors import AdapterError, ModelError
 from finegraft.core.paths import cache_dir
-from finegraft.models import causal_loss, load, packaged
+from finegraft.models import causal_loss, load, packaged, swap
 from finegraft.models.locate import Located, locate
 from finegraft.models.tokenizer import agree
 from finegraft.models.tokenizer import prepare as prepare_tokenizer
@@ -175,7 +175,7 @@ def _shape_problem(model: nn.Module, weights: Path) -> str | None:
 
 def sample(model: nn.Module) -> dict[str, list]:
     """Take 64 numbers of the base's input embedding, as its identity."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = swap.core(model)
     table = base.get_input_embeddings()
     table = getattr(table, "original_module", getattr(table, "base_layer", table)).weight
     rows = torch.linspace(0, table.shape[0] - 1, 16).long()
@@ -201,7 +201,7 @@ def _sample_problem(model: nn.Module, note: dict[str, Any]) -> str | None:
 
 def write_note(model: nn.Module, folder: Path) -> None:
     """Write ``finegraft.json``: the base's name and the sample of its embedding."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = swap.core(model)
     path = Path(base.config.name_or_path)
     name = path.name if path.parent == cache_dir() / "models" else str(path)
     if name not in packaged.names():

@@ -55,7 +55,7 @@ class _State:
 _states: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
 
 
-class FastDecoding:
+class FastDecoding(swap.SavesAsStock):
     """Mixed into a causal model's class; see ``attach``."""
 
     def _sample(
@@ -110,11 +110,6 @@ class FastDecoding:
             streamer=streamer,
             **more,
         )
-
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save under the stock class, whose name is what ``config.json`` must carry."""
-        with swap.stock(self):
-            return self.save_pretrained(*args, **kwargs)
 
 
 @dataclass
@@ -301,17 +296,13 @@ def _class(current: type[nn.Module]) -> type[nn.Module]:
     return type(f"FastDecoding{stock.__name__}", (FastDecoding, current), body)
 
 
-def _core(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def attach(model: nn.Module) -> str | None:
     """Give the causal model inside ``model`` the fast loop; return why not, or None.
 
     Args:
         model: Itself or what peft wraps. Nothing is copied before the first ``generate``.
     """
-    core = _core(model)
+    core = swap.core(model)
     if isinstance(core, FastDecoding):
         return None
     reason = reader.unfit(core) or _loops.missing()
@@ -324,7 +315,7 @@ def attach(model: nn.Module) -> str | None:
 
 def detach(model: nn.Module) -> None:
     """Take the fast loop away and free the merged weights."""
-    core = _core(model)
+    core = swap.core(model)
     if isinstance(core, FastDecoding):
         core.__class__ = type(core).without_decoding
     _states.pop(core, None)
@@ -338,7 +329,7 @@ def decoding(model: nn.Module, keep: bool = True) -> Iterator[None]:
         keep: Keep the merged weights afterwards, for the next block. Not worth their memory while
             a model trains.
     """
-    core = _core(model)
+    core = swap.core(model)
     mine = not isinstance(core, FastDecoding) and attach(core) is None
     try:
         yield

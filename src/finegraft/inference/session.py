@@ -13,17 +13,15 @@ as in ``weights``.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from finegraft.inference.weights import LANES, Layer, Weights, padded
-from finegraft.kernels._loops import as_int
+from finegraft.kernels import _loops
 from finegraft.kernels.document_attention import Documents, document_attention
 from finegraft.kernels.rotary import rotate
 
@@ -37,16 +35,13 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype) -> tuple[int, Any]:
-    """Address of the compiled step, and the function that runs it on torch's threads."""
+def _compiled(dtype: torch.dtype) -> int:
+    """Address of the compiled step."""
     from finegraft.kernels import _compile
 
     loops = importlib.import_module("finegraft.inference.step_loops")
     body = loops.step_half if dtype == torch.bfloat16 else loops.step_single
-    parallel = ctypes.CDLL("libgomp.so.1").GOMP_parallel
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return _compile.address(body), parallel
+    return _compile.address(body)
 
 
 class Session:
@@ -210,7 +205,7 @@ class _CompiledStep:
         self.vocabulary = s.v
         self.starts = session.starts
         self.threads = torch.get_num_threads()
-        self.address, self.parallel = _compiled(w.dtype)
+        self.address = _compiled(w.dtype)
         d_, o_, f_, m = padded(s.d), padded(s.h * s.f), padded(s.f), COMPILED_TOKENS
         capacity = session.keys.shape[3]
         private = 2 * m * d_ + 2 * f_ + capacity + LANES
@@ -234,7 +229,7 @@ class _CompiledStep:
             *(workspace, private, qkv, padded(s.qkv), attended, o_, delta, gate, up),
             *(w.norm, w.head, w.head_bias, padded(s.v), self.logits, 0),
         )
-        self.arguments = (ctypes.c_int64 * len(values))(*(as_int(value) for value in values))
+        self.arguments = _loops.arguments(values)
 
     def __call__(
         self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
@@ -246,7 +241,7 @@ class _CompiledStep:
             self.arguments[2] = min(COMPILED_TOKENS, m - first)
             for place, tensor in _PER_TOKEN.items():
                 self.arguments[place] = getattr(self, tensor)[first].data_ptr()
-            self.parallel(self.address, ctypes.addressof(self.arguments), self.threads, 0)
+            _loops.run(self.address, self.arguments, self.threads)
         return self.logits[:m, : self.vocabulary]
 
 
@@ -255,4 +250,4 @@ def _pointers(layer: Layer, session: Session, number: int) -> list[int]:
     qkv, out, gate_up, down = layer.biases
     values = (layer.qkv, qkv, layer.out, out, layer.gate_up, layer.down, *layer.norms, *norms)
     caches = (session.keys[number], session.values[number], layer.window, gate_up, down)
-    return [as_int(value) for value in (*values, *caches)]
+    return [_loops.as_int(value) for value in (*values, *caches)]

@@ -22,6 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from finegraft.kernels.rotary import one_half
+from finegraft.models import swap
+from finegraft.models.families._decoder import sliding_window
+
 LANES = 16  # padding of every matrix and vector, in elements
 _HUGE_PAGE = 2 << 20  # bytes
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -98,14 +102,7 @@ class Weights:
         """Cos and sin [positions, r], float32."""
         like = torch.zeros(1)
         cos, sin = self.rotary(like, torch.arange(positions)[None])
-        half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-
-
-def stock(module: nn.Module) -> type:
-    """The class that transformers gave the module."""
-    found: type = getattr(type(module), "stock_class", type(module))
-    return found
+        return one_half(cos), one_half(sin)
 
 
 def unfit(core: Any) -> str | None:
@@ -121,7 +118,7 @@ def unfit(core: Any) -> str | None:
 
 
 def _structure(core: Any, kind: str) -> str | None:
-    name = stock(core).__name__
+    name = swap.stock_class(core).__name__
     prefix = name.removesuffix("ForCausalLM")
     if prefix == name or not hasattr(core, "model"):
         return f"{name} is not a causal language model with one decoder"
@@ -142,7 +139,7 @@ def _structure(core: Any, kind: str) -> str | None:
         modules += [(layer, "DecoderLayer"), (layer.self_attn, "Attention"), (layer.mlp, "MLP")]
         modules += [(layer.input_layernorm, "RMSNorm"), (layer.post_attention_layernorm, "RMSNorm")]
     for module, suffix in modules:
-        found = stock(module)
+        found = swap.stock_class(module)
         where = f"transformers.models.{kind}."
         if found.__name__ != prefix + suffix or not found.__module__.startswith(where):
             return f"{found.__name__} stands where {prefix}{suffix} is known"
@@ -346,7 +343,7 @@ def merge(core: Any) -> Weights:
     shape = shape_of(core)
     embedding = _chosen(core.get_input_embeddings()).weight.detach().contiguous()
     buffer = _Buffer(elements(core, shape), embedding.dtype)
-    layers = tuple(_merge_layer(layer, core.config, shape, buffer) for layer in core.model.layers)
+    layers = tuple(_merge_layer(layer, shape, buffer) for layer in core.model.layers)
     head, bias = _effective(core.get_output_embeddings())
     if not _shared_head(core, shape):
         copy = buffer.matrix(padded(shape.v), padded(shape.d))
@@ -363,7 +360,7 @@ def merge(core: Any) -> Weights:
     )
 
 
-def _merge_layer(layer: Any, config: Any, shape: Shape, buffer: _Buffer) -> Layer:
+def _merge_layer(layer: Any, shape: Shape, buffer: _Buffer) -> Layer:
     q, k, v, o, gate, up, down = _projections(layer)
     d_, n_ = padded(shape.d), padded(shape.n)
     stacks = {
@@ -381,8 +378,6 @@ def _merge_layer(layer: Any, config: Any, shape: Shape, buffer: _Buffer) -> Laye
         pair = (attention.q_norm.weight, attention.k_norm.weight)
         head_norms = tuple(_vector(iter([(0, w)]), shape.f) for w in pair)
     norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-    # Families that slide in every layer say so in the configuration, others in the module.
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     return Layer(
         **{name: matrix for name, (matrix, _) in stacks.items()},
         norms=tuple(_vector(iter([(0, w)]), shape.d) for w in norms),
@@ -391,7 +386,7 @@ def _merge_layer(layer: Any, config: Any, shape: Shape, buffer: _Buffer) -> Laye
             _vector(((place, bias) for place, _, bias in parts), matrix.shape[0])
             for matrix, parts in stacks.values()
         ),
-        window=window or 0,
+        window=sliding_window(attention) or 0,
     )
 
 

@@ -13,9 +13,10 @@ Shapes: n rows, d width of a row.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,6 +75,16 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def kernel(op: str, *tensors: torch.Tensor) -> Any:
+    """The Triton function of ``op`` for tensors on a GPU, None where the CPU's path must run.
+
+    Tensors on a CPU never take it, also when Triton interprets: that is for tests.
+    """
+    if not tensors[0].is_cuda or unsupported(*tensors) is not None:
+        return None
+    return getattr(importlib.import_module(f"finegraft.kernels.{op}.triton"), op)
 
 
 def require(op: str, *tensors: torch.Tensor) -> None:

@@ -1,11 +1,11 @@
 """Compiled row loops for CPUs, run on torch's own threads.
 
-What: a kernel is a Python function over raw pointers that numba compiles to machine code; ``run``
-calls it on every thread of torch's OpenMP pool. How: libgomp, which torch has loaded, is asked for
+What: a kernel is a Python function over raw pointers that numba compiles to machine code, called on
+every thread of torch's OpenMP pool. How: libgomp, which torch has loaded, is asked for
 a parallel region, so that no second pool competes for the cores (two pools that spin cost half of
 the speed). Constraint: where numba or libgomp is missing, or a tensor is not bfloat16, callers take
-their torch composition; ``refusal`` says why. Trade-off: the first use compiles for 1 to 3 s a
-kernel, kept on the disk by numba afterwards.
+their torch composition; ``refusal`` says why. Trade-off: the first use compiles for 0.3 to 0.5 s
+a kernel, kept on the disk by numba afterwards.
 
 Why: an elementwise operation on 1,024 x 1,536 numbers costs as much as reading them, and torch
 reads and writes them once per operation. One pass over silu(gate) * up and its backward takes half
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-# Fewer rows than this are not worth waking the other threads for: it takes about 3 us.
+# Fewer numbers than this are not worth waking the other threads for: it takes about 3 us.
 _SERIAL_ELEMENTS = 4096
 
 
@@ -55,6 +55,24 @@ def refusal(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+@functools.cache
+def _parallel() -> Any:
+    function = ctypes.CDLL("libgomp.so.1").GOMP_parallel
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+def run(address: int, packed: Any, threads: int) -> None:
+    """Call the compiled loop at ``address`` with ``packed`` arguments on that many threads."""
+    _parallel()(address, ctypes.addressof(packed), threads, 0)
+
+
+def arguments(values: Sequence[torch.Tensor | int | float | None]) -> Any:
+    """What a loop takes: tensors by their address, floats by their bits, None as zero."""
+    return (ctypes.c_int64 * len(values))(*(as_int(value) for value in values))
+
+
 class Kernel:
     """One compiled loop, found and compiled when it is first called.
 
@@ -74,13 +92,6 @@ class Kernel:
         module = importlib.import_module(f"finegraft.kernels.{self.operation}.loops")
         return _compile.address(getattr(module, self.name))
 
-    @functools.cached_property
-    def _parallel(self) -> Any:
-        function = ctypes.CDLL("libgomp.so.1").GOMP_parallel
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
-        return function
-
     def __call__(self, elements: int, *values: torch.Tensor | int | float | None) -> None:
         """Run over all threads.
 
@@ -88,9 +99,9 @@ class Kernel:
             elements: Roughly how many numbers are touched; a few run on this thread alone.
             values: Tensors (their address), numbers (as they are), None (zero).
         """
-        packed = (ctypes.c_int64 * len(values))(*(as_int(value) for value in values))
+        packed = arguments(values)
         threads = 1 if elements < _SERIAL_ELEMENTS else torch.get_num_threads()
-        self._parallel(self._address, ctypes.addressof(packed), threads, 0)
+        run(self._address, packed, threads)
 
 
 def as_int(value: torch.Tensor | int | float | None) -> int:
@@ -111,13 +122,13 @@ def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     Args:
         parts: [t, w_j] each; columns of one tensor, as ``Tensor.split`` gives, or any.
     """
-    first = parts[0]
-    at = first.data_ptr()
+    first, width = parts[0], sum(part.shape[-1] for part in parts)
+    if len(parts) == 1:
+        return first
+    at, dense = first.data_ptr(), first.stride(-1) == 1 and width <= first.stride(0)
     for part in parts:
-        if part.data_ptr() != at or part.stride() != first.stride() or part.stride(-1) != 1:
-            return torch.cat(list(parts), -1)
+        dense = dense and part.data_ptr() == at and part.stride() == first.stride()
         at += part.shape[-1] * part.element_size()
-    width = sum(part.shape[-1] for part in parts)
-    if width > first.stride(0) or len(parts) == 1:
-        return first if len(parts) == 1 else torch.cat(list(parts), -1)
+    if not dense:
+        return torch.cat(list(parts), -1)
     return first.as_strided((first.shape[0], width), (first.stride(0), 1))

@@ -10,7 +10,6 @@ Shapes: b rows, t tokens, d hidden, v vocabulary, n labelled positions.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -25,7 +24,7 @@ from finegraft.models import swap
 _WANTS_MORE = ("output_hidden_states", "output_attentions", "past_key_values")
 
 
-class CompactLoss:
+class CompactLoss(swap.SavesAsStock):
     """Mixed into a stock causal model; ``stock_class`` is set on the class made from it."""
 
     stock_class: type[nn.Module]
@@ -53,11 +52,6 @@ class CompactLoss:
         where, targets = _labelled(labels)
         rows = decoder(**kwargs, rows=where)[0][0]  # [n, d]: nothing else is scored
         return CausalLMOutputWithPast(loss=_loss_of_rows(self, rows, targets, num_items))
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save under the stock class, whose name is what ``config.json`` must carry."""
-        with swap.stock(self):
-            return self.save_pretrained(*args, **kwargs)
 
 
 def compact_loss(
@@ -117,29 +111,16 @@ def _logit_transform(config: Any) -> tuple[float | None, float]:
     return getattr(config, "final_logit_softcapping", None), scale / divisor
 
 
-@functools.cache
-def fast_class(stock_class: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that adds the compact loss to ``stock_class``."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return CompactLoss.forward(self, *args, **kwargs)
-
-    # Trainer reads the signature to find label and loss arguments, so ours shows the stock one.
-    forward.__signature__ = inspect.signature(stock_class.forward)  # type: ignore[attr-defined]
-    body = {"stock_class": stock_class, "forward": forward, "__module__": __name__}
-    return type(f"Fast{stock_class.__name__}", (CompactLoss, stock_class), body)
-
-
 def apply(model: nn.Module) -> bool:
     """Swap the causal model inside ``model`` (itself, or what peft wraps); True when it is fast."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = swap.core(model)
     if isinstance(core, CompactLoss):
         return True
     reason = _reason_against(core)
     if reason is not None:
         swap.refuse(core, reason)
         return False
-    return swap.swap(core, fast_class(type(core)))
+    return swap.swap(core, swap.fast_class(CompactLoss, type(core), shows_stock=True))
 
 
 def _reason_against(model: nn.Module) -> str | None:

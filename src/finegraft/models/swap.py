@@ -10,8 +10,11 @@ replaced (accelerate's hooks) must be swapped before that, and is refused otherw
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -27,6 +30,51 @@ class Swapped:
     stock: str
     fast: str | None
     reason: str | None
+
+
+def core(model: nn.Module) -> Any:
+    """The model itself, or what peft wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder(model: nn.Module) -> Any:
+    """The stack of layers inside ``core(model)``, or the core where it names none."""
+    inside = core(model)
+    return getattr(inside, getattr(inside, "base_model_prefix", ""), inside)
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module's library gave it."""
+    found: type[nn.Module] = getattr(type(module), "stock_class", type(module))
+    return found
+
+
+@functools.cache
+def fast_class(mixin: type, stock: type[nn.Module], shows_stock: bool = False) -> type[nn.Module]:
+    """Return the fast class of ``stock`` whose methods come from ``mixin``.
+
+    Args:
+        shows_stock: ``forward`` shows the stock signature. Trainer reads it to find the arguments
+            and columns that a model takes.
+    """
+    body: dict[str, Any] = {"stock_class": stock, "__module__": mixin.__module__}
+    if shows_stock:
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+        forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
+        body["forward"] = forward
+    return type(f"Fast{stock.__name__}", (mixin, stock), body)
+
+
+class SavesAsStock:
+    """Mixed into fast classes of whole models."""
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save under the stock class, whose name is what ``config.json`` must carry."""
+        with stock(self):
+            return self.save_pretrained(*args, **kwargs)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -60,7 +108,7 @@ def undo(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if is_swapped(module):
-            module.__class__ = type(module).stock_class
+            module.__class__ = stock_class(module)
             count += 1
     return count
 
@@ -69,7 +117,7 @@ def undo(model: nn.Module) -> int:
 def stock(module: nn.Module) -> Iterator[None]:
     """Run the block with this one instance under its stock class."""
     fast = type(module)
-    module.__class__ = fast.stock_class if is_swapped(module) else fast
+    module.__class__ = stock_class(module)
     try:
         yield
     finally:
@@ -81,9 +129,7 @@ def report(model: nn.Module) -> list[Swapped]:
     rows = []
     for name, module in model.named_modules():
         if is_swapped(module):
-            rows.append(
-                Swapped(name, type(module).stock_class.__name__, type(module).__name__, None)
-            )
+            rows.append(Swapped(name, stock_class(module).__name__, type(module).__name__, None))
         elif module in _REFUSED:
             rows.append(Swapped(name, type(module).__name__, None, _REFUSED[module]))
     return rows

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from finegraft.models import swap
+
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -24,7 +26,7 @@ def keep_precise(model: nn.Module) -> int:
         model: Any model; only linear layers under a ``modules_to_save`` whose weights train and
             are in half precision are touched, and never the output embeddings.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = swap.core(model)
     output = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
     found = [
         module

@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from finegraft.models import swap
+
 logger = logging.getLogger(__name__)
 
 # Share of the free memory that kept activations may take; the rest is for gradients, the
@@ -80,8 +82,7 @@ def plan(model: nn.Module, batch: Mapping[str, Any], largest: int) -> Plan | Non
         batch: A small batch with ``input_ids`` and ``labels``.
         largest: t, the tokens of the largest micro-batch.
     """
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = getattr(core, getattr(core, "base_model_prefix", ""), core)
+    core, decoder = swap.core(model), swap.decoder(model)
     config, layers = getattr(decoder, "config", None), getattr(decoder, "layers", None)
     if layers is None or config is None or len(layers) < 3:
         return None
@@ -103,9 +104,7 @@ def plan(model: nn.Module, batch: Mapping[str, Any], largest: int) -> Plan | Non
 
 def apply(model: nn.Module, chosen: Plan) -> None:
     """Recompute the first ``chosen.recomputed`` layers in backward, and no other."""
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = getattr(core, core.base_model_prefix, core)
-    for layer in decoder.layers[: chosen.recomputed]:
+    for layer in swap.decoder(model).layers[: chosen.recomputed]:
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = True
     if chosen.recomputed:

@@ -280,7 +280,7 @@ def _without_preparation(args: SFTConfig, model: Any) -> SFTConfig:
 @contextlib.contextmanager
 def _own_forward(model: Any) -> Iterator[None]:
     """Leave the instance's ``forward`` as it was, whatever the block sets on it."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = swap.core(model)
     missing = object()
     before = vars(core).get("forward", missing)
     yield

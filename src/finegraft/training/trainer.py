@@ -51,7 +51,7 @@ class Trainer(transformers.Trainer):
 
 def _accelerate(model: nn.Module) -> None:
     """Swap what is known; models that transformers does not know stay as they are."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = swap.core(model)
     if not isinstance(core, transformers.PreTrainedModel):
         return
     families.apply(model)

@@ -48,10 +48,9 @@ def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same contract as ``reference``; differentiable in ``x``, ``delta`` and ``weight``."""
-    if x.is_cuda and _gpu.unsupported(x, delta, weight) is None:
-        from finegraft.kernels.add_rms_norm import triton
-
-        return triton.add_rms_norm(x, delta, weight, eps, offset)
+    on_gpu = _gpu.kernel("add_rms_norm", x, delta, weight)
+    if on_gpu is not None:
+        return on_gpu(x, delta, weight, eps, offset)
     if _loops.refusal(x, delta, weight) is None and not weight.requires_grad:
         return compiled.add_rms_norm(x, delta, weight, eps, offset)
     return _composed(x, delta, weight, eps, offset)

@@ -31,12 +31,8 @@ def document_attention(
     angles: Angles | None = None,
 ) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in ``query``, ``key`` and ``value``."""
-    if query.is_cuda and _gpu.unsupported(query, key, value) is None:
-        from finegraft.kernels.document_attention import triton
-
-        chosen = triton.document_attention
-    else:
-        chosen = bucketed.document_attention
+    on_gpu = _gpu.kernel("document_attention", query, key, value)
+    chosen = on_gpu or bucketed.document_attention
     return chosen(query, key, value, documents, scale, window, softcap, angles)
 
 

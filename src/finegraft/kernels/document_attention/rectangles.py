@@ -65,9 +65,9 @@ class _Lift(torch.autograd.Function):
         keys = key.shape[1]
         lifted = []
         for rectangle in documents.rectangles:
-            lifted.append(_up(query, rectangle, keys, cos, sin))
-            lifted.append(_up(key, rectangle, keys, cos, sin))
-            lifted.append(_up(value, rectangle, keys, None, None))
+            lifted.append(lift_one(query, rectangle, keys, cos, sin))
+            lifted.append(lift_one(key, rectangle, keys, cos, sin))
+            lifted.append(lift_one(value, rectangle, keys))
         return tuple(lifted)
 
     @staticmethod
@@ -81,7 +81,7 @@ class _Lift(torch.autograd.Function):
         for i, rectangle in enumerate(rectangles):
             for j, part in enumerate(parts):
                 angles = (cos, sin) if j < 2 else (None, None)
-                _down(grads[3 * i + j], rectangle, keys, part, *angles)
+                lower_one(grads[3 * i + j], rectangle, keys, part, *angles)
         return (*parts, None, None, None)
 
 
@@ -92,25 +92,25 @@ class _Lower(torch.autograd.Function):
         ctx.keys = outs[0].shape[0] // documents.rectangles[0].count
         flat = outs[0].new_empty(documents.tokens, heads, outs[0].shape[-1])
         for out, rectangle in zip(outs, documents.rectangles, strict=True):
-            _down(out, rectangle, ctx.keys, flat, None, None)
+            lower_one(out, rectangle, ctx.keys, flat)
         return flat
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rectangles = ctx.documents.rectangles
-        return (None, None, *(_up(grads[0], r, ctx.keys, None, None) for r in rectangles))
+        return (None, None, *(lift_one(grads[0], r, ctx.keys) for r in rectangles))
 
 
 def _compiled(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> bool:
     return x.stride(1) == x.shape[2] and _loops.refusal(x, cos, sin) is None
 
 
-def _up(
+def lift_one(
     x: torch.Tensor,
     rectangle: Rectangle,
     keys: int,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[t, k * g, f] to [k * n, g * l, f], rotated where angles are given."""
     n, length = rectangle.count, rectangle.length
@@ -129,13 +129,13 @@ def _up(
     return filled.reshape(keys * n, groups * length, f)
 
 
-def _down(
+def lower_one(
     lifted: torch.Tensor,
     rectangle: Rectangle,
     keys: int,
     out: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> None:
     """The rows of ``out`` [t, k * g, f] that the rectangle holds, rotated back."""
     n, length = rectangle.count, rectangle.length

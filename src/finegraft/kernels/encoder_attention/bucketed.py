@@ -22,12 +22,12 @@ import torch.nn.functional as F
 
 from finegraft.kernels import _loops
 from finegraft.kernels import dropout as drop
-from finegraft.kernels.encoder_attention.layout import SHORT, Bucket, Rows
+from finegraft.kernels.document_attention.layout import SHORT, Rectangle
+from finegraft.kernels.document_attention.rectangles import lift_one, lower_one
+from finegraft.kernels.encoder_attention.layout import Bucket, Rows
 
 _SOFTMAX = _loops.Kernel("encoder_attention", "softmax")
 _SOFTMAX_BACKWARD = _loops.Kernel("encoder_attention", "softmax_backward")
-_LIFT = _loops.Kernel("encoder_attention", "lift")
-_LOWER = _loops.Kernel("encoder_attention", "lower")
 
 
 def encoder_attention(
@@ -53,38 +53,19 @@ def encoder_attention(
         flash = [bucket for bucket in rows.buckets if bucket.length > SHORT]
     out: torch.Tensor = _Buckets.apply(query, key, value, own, scale, first, noise, p)
     for bucket in flash:
-        asks = bucket.members if first else bucket.tokens
+        asks = bucket.members if first else bucket.rows
         q, k, v = (
             x.index_select(0, at).transpose(0, 1)[None]  # [1, h, a or l, f]
-            for x, at in ((query, asks), (key, bucket.tokens), (value, bucket.tokens))
+            for x, at in ((query, asks), (key, bucket.rows), (value, bucket.rows))
         )
         long = F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
         out = out.index_copy(0, asks, long)
     return out
 
 
-def _lift(x: torch.Tensor, slots: torch.Tensor, count: int) -> torch.Tensor:
-    """[., h, f] to [n * h, l, f], zeros where a slot is -1."""
-    h, f = x.shape[1:]
-    length = slots.numel() // count
-    if _loops.refusal(x) is None and x.stride(1) == f:
-        out = x.new_empty(count * h, length, f)
-        _LIFT(out.numel(), x, x.stride(0), slots, out, count, length, h, f)
-        return out
-    out = x.index_select(0, slots.clamp(min=0)).masked_fill(slots.view(-1, 1, 1) < 0, 0.0)
-    return out.view(count, length, h, f).transpose(1, 2).reshape(count * h, length, f)
-
-
-def _lower(x: torch.Tensor, slots: torch.Tensor, count: int, out: torch.Tensor) -> None:
-    """Write [n * h, l, f] to where the slots lie in [., h, f]."""
-    h, f = out.shape[1:]
-    length = slots.numel() // count
-    if _loops.refusal(x, out) is None and out.stride(1) == f and x.is_contiguous():
-        _LOWER(x.numel(), x, slots, out, out.stride(0), count, length, h, f)
-        return
-    x = x.view(count, h, length, f).transpose(1, 2).reshape(count * length, h, f)
-    real = slots >= 0
-    out[slots[real]] = x[real]
+def _heads(x: torch.Tensor, rectangle: Rectangle) -> torch.Tensor:
+    """[., h, f] to [n * h, l, f], zeros where a slot holds no token."""
+    return lift_one(x, rectangle, 1).view(-1, rectangle.length, x.shape[-1])
 
 
 def _weights(
@@ -159,16 +140,16 @@ class _Buckets(torch.autograd.Function):
         saved: list[torch.Tensor | None] = []
         at = 0
         for bucket in buckets:
-            n, asking = bucket.count, bucket.members if first else bucket.slots
-            q = _lift(query, asking, n)  # [n * h, a, f]
-            k, v = _lift(key, bucket.slots, n), _lift(value, bucket.slots, n)
+            asking = bucket.firsts if first else bucket
+            q = _heads(query, asking)  # [n * h, a, f]
+            k, v = _heads(key, bucket), _heads(value, bucket)
             scores = torch.bmm(q, k.transpose(1, 2))  # [n * h, a, l]
             bits = None
             if noise is not None:
                 bits = noise[at : at + scores.numel()].view(scores.shape)
                 at += scores.numel()
             weights, dropped = _weights(scores, bucket, scale, bits, p)
-            _lower(torch.bmm(dropped, v), asking, n, out)
+            lower_one(torch.bmm(dropped, v), asking, 1, out)
             saved += [q, k, v, weights, dropped if bits is not None else None, bits]
         ctx.save_for_backward(*saved)
         ctx.buckets, ctx.first, ctx.scale, ctx.p = buckets, first, scale, p
@@ -182,19 +163,19 @@ class _Buckets(torch.autograd.Function):
         dq, dk, dv = outs = _gradients(dy, ctx.needs_input_grad, *ctx.shapes)
         for i, bucket in enumerate(ctx.buckets):
             q, k, v, weights, dropped, bits = saved[6 * i : 6 * i + 6]
-            n, asking = bucket.count, bucket.members if ctx.first else bucket.slots
-            do = _lift(dy, asking, n)
+            asking = bucket.firsts if ctx.first else bucket
+            do = _heads(dy, asking)
             if dv is not None:
                 kept = weights if dropped is None else dropped
-                _lower(torch.bmm(kept.transpose(1, 2), do), bucket.slots, n, dv)
+                lower_one(torch.bmm(kept.transpose(1, 2), do), bucket, 1, dv)
             if dq is None and dk is None:
                 continue
             ds = torch.bmm(do, v.transpose(1, 2))
             ds = _scores_gradient(ds, weights, ctx.scale, bits, ctx.p)
             if dq is not None:
-                _lower(torch.bmm(ds, k), asking, n, dq)
+                lower_one(torch.bmm(ds, k), asking, 1, dq)
             if dk is not None:
-                _lower(torch.bmm(ds.transpose(1, 2), q), bucket.slots, n, dk)
+                lower_one(torch.bmm(ds.transpose(1, 2), q), bucket, 1, dk)
         return (*outs, None, None, None, None, None)
 
 

@@ -18,36 +18,33 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows longer than this attend one by one: their scores would no longer fit the cache.
-SHORT = 256
+from finegraft.kernels.document_attention.layout import SHORT, Rectangle
+
 # A bucket's shortest row has at least this share of the longest: half of a square is wasted there.
 _SIMILAR = 0.6
 
 
 @dataclass(frozen=True, eq=False)
-class Bucket:
-    """Rows of similar length.
+class Bucket(Rectangle):
+    """Rows of similar length; ``rows`` are the places of their own tokens in the flat batch.
 
     Attributes:
         members: [n] numbers of the rows, -1 for a spare one.
         sizes: [n] their lengths, l for a spare one.
-        length: l.
-        slots: [n * l] places in the flat batch, -1 for filling.
-        tokens: places in the flat batch of the bucket's own tokens.
-        full: No filling.
     """
 
     members: torch.Tensor
     sizes: torch.Tensor
-    length: int
-    slots: torch.Tensor
-    tokens: torch.Tensor
-    full: bool
 
-    @property
-    def count(self) -> int:
-        """n."""
-        return int(self.members.numel())
+    @functools.cached_property
+    def full(self) -> bool:
+        """No filling."""
+        return self.rows.numel() == self.slots.numel()
+
+    @functools.cached_property
+    def firsts(self) -> Rectangle:
+        """One slot a row, for one token of each that lie behind one another."""
+        return Rectangle(1, self.count, self.members)
 
 
 class Rows:
@@ -134,7 +131,7 @@ class Rows:
         inside = (at < sizes[:, None]) & (members >= 0)[:, None]  # [n, l]
         slots = self.starts[members][:, None] + at
         slots = slots.masked_fill(~inside, -1).reshape(-1)
-        return Bucket(members, sizes, longest, slots, slots[slots >= 0], bool(inside.all()))
+        return Bucket(longest, members.numel(), slots, members, sizes)
 
 
 def _size(tokens: int) -> int:

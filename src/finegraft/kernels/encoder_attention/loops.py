@@ -1,13 +1,10 @@
-"""Softmax of score rectangles, and moving heads into rectangles and back, on bfloat16.
+"""Softmax of score rectangles with dropout, and its backward, on bfloat16.
 
-What: loops for ``kernels._loops``; ``softmax`` and its backward work in place. A slot is a place in
-the rectangle [n, l]; its row in the flat batch is given, or -1 for filling, which is written as
-zeros and never read back. Constraint: arithmetic in float32, one rounding; each thread owns some
-rows. Trade-off: compositions of index_select and transpose read and write everything twice, these
-once.
+What: loops for ``kernels._loops`` that work in place. Constraint: arithmetic in float32, one
+rounding; each thread owns some rows.
 
 Shapes: s rows of scores, a rows of scores for each row of the batch, l keys of the longest row of a
-bucket, n rows, h heads, f features.
+bucket.
 """
 
 from __future__ import annotations
@@ -141,42 +138,3 @@ def softmax_backward(pointer):
             _fill(sums_at + 4 * row * length, length, along)
         for j in range(n):
             grad[j] = narrow((parts[j] - sums[j] * wide(weights[j])) * scale)
-
-
-def lift(pointer):
-    """x [., h, f] and its row stride, slots [n * l], out [n, h, l, f], n, l, h, f."""
-    a = carray(pointer, (8,))
-    n, length, heads, f = a[4], a[5], a[6], a[7]
-    slots = integers(a[2], n * length)
-    me, threads = thread()
-    first, end = share(n * length, me, threads)
-    for slot in range(first, end):
-        row = slots[slot]
-        i, place = slot // length, slot % length
-        for head in range(heads):
-            y = halves(a[3] + 2 * ((i * heads + head) * length + place) * f, f)
-            if row < 0:
-                for c in range(f):
-                    y[c] = np.uint16(0)
-            else:
-                x = halves(a[0] + 2 * (row * a[1] + head * f), f)
-                for c in range(f):
-                    y[c] = x[c]
-
-
-def lower(pointer):
-    """The way back: x [n, h, l, f], slots [n * l], out [., h, f] and its row stride, n, l, h, f."""
-    a = carray(pointer, (8,))
-    n, length, heads, f = a[4], a[5], a[6], a[7]
-    slots = integers(a[1], n * length)
-    me, threads = thread()
-    first, end = share(n * length, me, threads)
-    for slot in range(first, end):
-        row = slots[slot]
-        i, place = slot // length, slot % length
-        if row >= 0:
-            for head in range(heads):
-                x = halves(a[0] + 2 * ((i * heads + head) * length + place) * f, f)
-                y = halves(a[2] + 2 * (row * a[3] + head * f), f)
-                for c in range(f):
-                    y[c] = x[c]

@@ -32,10 +32,9 @@ def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in both inputs."""
-    if gate.is_cuda and _gpu.unsupported(gate, up) is None:
-        from finegraft.kernels.geglu import triton
-
-        return triton.geglu(gate, up)
+    on_gpu = _gpu.kernel("geglu", gate, up)
+    if on_gpu is not None:
+        return on_gpu(gate, up)
     return _gated.gated(gate, up, GELU)
 
 

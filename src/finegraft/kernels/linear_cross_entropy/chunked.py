@@ -38,10 +38,9 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
     """Same contract as the reference; differentiable in ``hidden`` and ``weight``."""
-    if hidden.is_cuda and _gpu.unsupported(hidden, weight) is None:
-        from finegraft.kernels.linear_cross_entropy import triton
-
-        return triton.linear_cross_entropy(hidden, weight, labels, num_items, softcap, logit_scale)
+    on_gpu = _gpu.kernel("linear_cross_entropy", hidden, weight)
+    if on_gpu is not None:
+        return on_gpu(hidden, weight, labels, num_items, softcap, logit_scale)
     loss: torch.Tensor = _LinearCrossEntropy.apply(
         hidden, weight, labels, num_items, softcap, logit_scale
     )

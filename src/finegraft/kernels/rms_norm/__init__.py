@@ -43,10 +43,9 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in ``x`` and ``weight``."""
-    if x.is_cuda and _gpu.unsupported(x, weight) is None:
-        from finegraft.kernels.rms_norm import triton
-
-        return triton.rms_norm(x, weight, eps, offset)
+    on_gpu = _gpu.kernel("rms_norm", x, weight)
+    if on_gpu is not None:
+        return on_gpu(x, weight, eps, offset)
     if _loops.refusal(x, weight) is None and not weight.requires_grad:
         return compiled.rms_norm(x, weight, eps, offset)
     return composed.rms_norm(x, weight, eps, offset)

@@ -18,7 +18,7 @@ import torch
 from finegraft.kernels import _gpu
 from finegraft.kernels._contract import Case, Op
 
-__all__ = ["OP", "reference", "rotary", "rotate"]
+__all__ = ["OP", "one_half", "reference", "rotary", "rotate"]
 
 
 def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -35,12 +35,16 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
     return torch.cat([first * c - second * s, second * c + first * s, rest], -1)
 
 
+def one_half(angles: torch.Tensor) -> torch.Tensor:
+    """[t, r] of the [1, t, 2 r] that transformers makes, whose halves are the same."""
+    return angles[0, :, : angles.shape[-1] // 2].contiguous()
+
+
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in ``x``."""
-    if x.is_cuda and _gpu.unsupported(x, cos, sin) is None:
-        from finegraft.kernels.rotary import triton
-
-        return triton.rotary(x, cos, sin)
+    on_gpu = _gpu.kernel("rotary", x, cos, sin)
+    if on_gpu is not None:
+        return on_gpu(x, cos, sin)
     out: torch.Tensor = _Rotary.apply(x, cos, sin)
     return out
 

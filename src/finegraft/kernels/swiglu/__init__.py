@@ -33,10 +33,9 @@ SILU = _gated.Activation(
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Same contract as ``reference``; differentiable in both inputs."""
-    if gate.is_cuda and _gpu.unsupported(gate, up) is None:
-        from finegraft.kernels.swiglu import triton
-
-        return triton.swiglu(gate, up)
+    on_gpu = _gpu.kernel("swiglu", gate, up)
+    if on_gpu is not None:
+        return on_gpu(gate, up)
     return _gated.gated(gate, up, SILU)
 
 

@@ -19,9 +19,8 @@ FAMILIES: Registry[Family] = Registry("finegraft.models.families", "SPEC", "fami
 
 def apply(model: nn.Module) -> int:
     """Swap the modules of ``model`` (itself or what peft wraps); return how many are fast."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core, decoder = swap.core(model), swap.decoder(model)
     config = core.config.get_text_config()
-    decoder = getattr(core, core.base_model_prefix, core)
     if config.model_type not in FAMILIES.names():
         swap.refuse(decoder, f"no family file for model_type '{config.model_type}'")
         return 0
@@ -43,7 +42,6 @@ def apply(model: nn.Module) -> int:
 
 def is_padding_free(model: nn.Module) -> bool:
     """Whether the model takes flat batches: documents behind one another, no padding."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = getattr(core, core.base_model_prefix, core)
-    here = flat.runs_on(next(core.parameters()).device)
+    decoder = swap.decoder(model)
+    here = flat.runs_on(next(decoder.parameters()).device)
     return here and swap.is_swapped(decoder) and getattr(decoder, "takes_documents", False)

@@ -16,12 +16,12 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finegraft.kernels.add_rms_norm import add_rms_norm
 from finegraft.kernels.document_attention import document_attention
 from finegraft.kernels.rms_norm import rms_norm
+from finegraft.kernels.rotary import one_half
 from finegraft.kernels.swiglu import swiglu
 from finegraft.models import flat, swap, together
 from finegraft.models.families._contract import Family
@@ -76,8 +76,7 @@ class DocumentModel:
         """Cos and sin [t, f / 2] that a layer rotates by."""
         more = {} if kind is None else {"layer_type": kind}
         cos, sin = self.rotary_emb(embedded, position_ids=positions, **more)  # [1, t, f]
-        half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return one_half(cos), one_half(sin)
 
 
 class DocumentLayer:
@@ -96,6 +95,15 @@ class DocumentLayer:
         return hidden, self.mlp(normed)
 
 
+def sliding_window(attention: Any) -> int | None:
+    """Tokens that a token of this attention sees, itself included; None: all before it."""
+    # Families that slide in every layer say so in the configuration, others in the module.
+    window: int | None = getattr(
+        attention, "sliding_window", getattr(attention.config, "sliding_window", None)
+    )
+    return window
+
+
 class DocumentAttention:
     """Attention that takes ``documents`` and angles as [t, f / 2]."""
 
@@ -107,12 +115,10 @@ class DocumentAttention:
         if documents is None:
             return super().forward(hidden_states, *args, **kwargs)
         query, key, value = self._project(hidden_states)
-        # Families that slide in every layer say so in the configuration, others in the module.
-        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         softcap = getattr(self, "attn_logit_softcapping", None)
         angles = kwargs["position_embeddings"]
         out = document_attention(
-            query, key, value, documents, self.scaling, window, softcap, angles
+            query, key, value, documents, self.scaling, sliding_window(self), softcap, angles
         )
         return self.o_proj(out.reshape(out.shape[0], -1)), None
 
@@ -196,13 +202,7 @@ class FusedGateUpMlp:
 
 def fast(mixin: type) -> Any:
     """Return a function that makes the fast class of a stock class by mixing in ``mixin``."""
-
-    @functools.cache
-    def make(stock_class: type[nn.Module]) -> type[nn.Module]:
-        body = {"stock_class": stock_class, "__module__": __name__}
-        return type(f"Fast{stock_class.__name__}", (mixin, stock_class), body)
-
-    return make
+    return functools.partial(swap.fast_class, mixin)
 
 
 def refuses(config: Any) -> str | None:

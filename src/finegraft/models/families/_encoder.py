@@ -16,7 +16,6 @@ Shapes: b rows, w width of the padded batch, t tokens with filling, d hidden, h 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,6 @@ from finegraft.kernels.gelu import gelu
 from finegraft.kernels.layer_norm import layer_norm
 from finegraft.models import swap, together
 from finegraft.models.families._contract import Family
-from finegraft.models.families._decoder import fast
 
 # Arguments that change nothing in the encoder, or that are handled here.
 _HANDLED = {
@@ -163,13 +161,6 @@ class FirstTokenHead:
         return super().forward(*args, **kwargs)
 
 
-def _project(modules: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Every module's output for ``x``, as one product except where autocast changes its dtype."""
-    if torch.is_autocast_enabled(x.device.type):
-        return tuple(module(x) for module in modules)
-    return together.project(modules, x)
-
-
 class RowAttention:
     """Self-attention inside each row; ``together`` are its projections' names."""
 
@@ -184,9 +175,9 @@ class RowAttention:
         asking, *others = (getattr(self, name) for name in self.together)
         if first:
             query = asking(rows.first(hidden_states))
-            key, value = _project(others, hidden_states)
+            key, value = together.project(others, hidden_states)
         else:
-            query, key, value = _project([asking, *others], hidden_states)
+            query, key, value = together.project([asking, *others], hidden_states)
         shape = (-1, self._heads(), self.attention_head_size)
         p = self.dropout.p if self.training else 0.0
         noise = drop.draw((rows.scores(self._heads(), first),)) if p else None
@@ -298,20 +289,8 @@ def add_norm(
 
 def _fast(mixin: type) -> Any:
     """Return a function that makes the fast class of a stock class by mixing in ``mixin``."""
-    if not issubclass(mixin, FlatEncoder | FirstTokenHead):
-        return fast(mixin)
-
-    @functools.cache
-    def make(stock_class: type[nn.Module]) -> type[nn.Module]:
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return mixin.forward(self, *args, **kwargs)
-
-        # Trainer keeps the columns that it finds in the signature, so ours shows the stock one.
-        forward.__signature__ = inspect.signature(stock_class.forward)  # type: ignore[attr-defined]
-        body = {"stock_class": stock_class, "forward": forward, "__module__": __name__}
-        return type(f"Fast{stock_class.__name__}", (mixin, stock_class), body)
-
-    return make
+    whole = issubclass(mixin, FlatEncoder | FirstTokenHead)
+    return functools.partial(swap.fast_class, mixin, shows_stock=whole)
 
 
 def refuses(config: Any) -> str | None:
