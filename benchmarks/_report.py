@@ -8,11 +8,13 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Products of SmolLM2-135M.
+SHAPES = ((1024, 576, 1536), (2048, 576, 1536), (2048, 576, 3072))
 LABELS = {
     "trl-float32": "trl + peft, float32, padded",
     "trl-bf16": "trl + peft, bf16 weights, padded",
@@ -42,13 +44,13 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def product_rate(threads: int) -> float:
-    """Best bf16 product rate of this machine in flop/s, over shapes of the model itself."""
+def product_rate(threads: int, shapes: Iterable[tuple[int, int, int]] = SHAPES) -> float:
+    """Best bf16 product rate of this machine in flop/s, over (rows, inner width, columns)."""
     import torch
 
     torch.set_num_threads(threads)
     best = 0.0
-    for rows, width, out in ((1024, 576, 1536), (2048, 576, 1536), (2048, 576, 3072)):
+    for rows, width, out in shapes:
         a, b = torch.randn(rows, width).bfloat16(), torch.randn(out, width).bfloat16()
         seconds = []
         for _ in range(12):

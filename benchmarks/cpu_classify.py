@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import _report
-from cpu_sft import Contender
+from _turns import Contender
 
 HERE = Path(__file__).parent
 # oneDNN prepares each size of product once; the lengths in a batch give it many.
@@ -43,6 +41,7 @@ OURS = ("finegraft", "finegraft-keep")
 _SQUARE, _MLP = 384 * 384, 2 * 384 * 1536
 _FORWARD = 5 * (4 * _SQUARE + _MLP) + 2 * _SQUARE
 _BACKWARD = (_SQUARE + _MLP) + 4 * (4 * _SQUARE + _MLP) + 2 * _SQUARE
+SHAPES = ((1024, 384, 1536),)  # of the products whose rate is the yardstick
 FLOPS_PER_TOKEN = 2 * (_FORWARD + _BACKWARD)
 
 
@@ -50,32 +49,7 @@ class Classifier(Contender):
     """A worker process of ``_classify_worker``."""
 
     def __init__(self, name: str, job: Path, log: Path):
-        self.name = name
-        self.seconds: list[float] = []
-        self.memory = 0
-        self.log = open(log, "w")  # noqa: SIM115 - lives as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "_classify_worker.py"), name, str(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
-
-
-def product_rate(threads: int) -> float:
-    """Best bf16 product rate in flop/s at this model's own shapes."""
-    import torch
-
-    torch.set_num_threads(threads)
-    a, b = torch.randn(1024, 384).bfloat16(), torch.randn(1536, 384).bfloat16()
-    rates = []
-    for _ in range(12):
-        started = time.perf_counter()
-        for _ in range(40):
-            torch.nn.functional.linear(a, b)
-        rates.append(40 * 2 * 1024 * 384 * 1536 / (time.perf_counter() - started))
-    return statistics.median(sorted(rates)[6:])
+        super().__init__(name, job, log, "_classify_worker.py")
 
 
 def speed(names: list[str], job: dict, folder: Path) -> list[Classifier]:
@@ -139,7 +113,7 @@ def summary(
         table.append(row)
     best = table[-1]
     peers = [row for row, c in zip(table, timed, strict=True) if c.name not in OURS]
-    product = product_rate(job["threads"])
+    product = _report.product_rate(job["threads"], SHAPES)
     return {
         "name": "cpu_classify",
         "task": f"LoRA r=1 on queries, MiniLM-L6, movie reviews of {tokens:.0f} tokens, "
@@ -198,6 +172,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--only", nargs="*", choices=LABELS, help="contenders to run")
     chosen = parser.parse_args()
+    if chosen.steps is not None and chosen.steps <= WARM_UP_STEPS:
+        parser.error(f"--steps {chosen.steps}: the first {WARM_UP_STEPS} are warm-up")
     quick = chosen.quick
 
     from transformers import AutoTokenizer

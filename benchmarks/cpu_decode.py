@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import _report
+from _turns import Contender
 
 HERE = Path(__file__).parent
 TASKS = ("one", "eight", "rewrite")
@@ -57,33 +57,16 @@ TEXT = (
 )
 
 
-class Contender:
-    """A worker process."""
+class Answering(Contender):
+    """A worker process of ``_decode_worker``."""
 
     def __init__(self, name: str, job: Path, log: Path):
-        self.name = name
+        super().__init__(name, job, log, "_decode_worker.py")
         self.seconds: dict[str, list[float]] = {}
         self.said: dict[str, list[list[int]]] = {}
-        self.memory = 0
-        self.log = open(log, "w")  # noqa: SIM115 - lives as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "_decode_worker.py"), name, str(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
 
-    def read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended early:\n{Path(self.log.name).read_text()}")
-        return json.loads(line)
-
-    def go(self, task: str) -> None:
-        self.process.stdin.write(task + "\n")
-        self.process.stdin.flush()
-        event = self.read()
+    def answer(self, task: str) -> None:
+        event = self.ask(task)
         self.seconds.setdefault(task, []).append(event["seconds"])
         self.said[task] = event["out"]
         self.memory = max(self.memory, event["memory"])
@@ -141,16 +124,16 @@ def make_job(folder: Path, threads: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def race(job: Path, folder: Path, rounds: int) -> list[Contender]:
+def race(job: Path, folder: Path, rounds: int) -> list[Answering]:
     """Start everybody, warm everybody up, then let them answer in turns."""
-    found = [Contender(name, job, folder / f"{name}.log") for name in NAMES]
+    found = [Answering(name, job, folder / f"{name}.log") for name in NAMES]
     for contender in found:
         if contender.read()["event"] != "ready":
             raise SystemExit(f"{contender.name} did not get ready")
     for number in range(rounds + 1):
         for task in TASKS:
             for contender in found:
-                contender.go(task)
+                contender.answer(task)
         last = [f"{c.name} " + " ".join(f"{c.seconds[t][-1]:.1f}" for t in TASKS) for c in found]
         print(f"round {number}/{rounds} (0: warm-up), s: {', '.join(last)}", file=sys.stderr)
     for contender in found:
@@ -158,7 +141,7 @@ def race(job: Path, folder: Path, rounds: int) -> list[Contender]:
     return found
 
 
-def summary(found: list[Contender], job: dict[str, Any]) -> dict[str, Any]:
+def summary(found: list[Answering], job: dict[str, Any]) -> dict[str, Any]:
     """Medians without the warm-up, ratios to every peer, and shares of the probes."""
     rates, rows = {}, []
     for contender in found:

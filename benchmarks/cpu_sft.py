@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,44 +22,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import _report
+from _turns import Contender
 
 HERE = Path(__file__).parent
 WARM_UP_STEPS = 2
 PEERS = ("trl-float32", "trl-bf16", "peft-bare-bf16")
 OURS = ("finegraft", "finegraft-shared")
-
-
-class Contender:
-    """A worker process."""
-
-    def __init__(self, name: str, job: Path, log: Path):
-        self.name = name
-        self.seconds: list[float] = []
-        self.memory = 0
-        self.heldout_loss: float | None = None
-        self.log = open(log, "w")  # noqa: SIM115 - lives as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "_worker.py"), name, str(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
-
-    def read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended early; its log: {self.log.name}")
-        return json.loads(line)
-
-    def go(self) -> dict[str, Any]:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        event = self.read()
-        if event["event"] == "step":
-            self.seconds.append(event["seconds"])
-            self.memory = max(self.memory, event["memory"])
-        return event
 
 
 def rows(count: int, heldout: int) -> tuple[Any, Any, str]:
