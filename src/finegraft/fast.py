@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from finegraft.adapters import directory, lora
+from finegraft import opening
+from finegraft.adapters import lora
 from finegraft.core.arguments import Drop, translate
 from finegraft.core.hardware import facts
 from finegraft.inference import modes
@@ -126,7 +127,7 @@ class FastLanguageModel:
         whole = load_in_16bit or full_finetuning or load_in_8bit or "quantization_config" in extra
         if load_in_4bit is None:
             load_in_4bit = bool(facts().gpus) and not whole
-        opened = directory.open_model(
+        opened = opening.open_model(
             model_name,
             revision=revision,
             token=token,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from training_tiny import llama, tokenizer
 
-from finegraft.adapters import directory, lora
+from finegraft import opening
+from finegraft.adapters import lora
 from finegraft.core.errors import AdapterError
 from finegraft.models import swap
 
@@ -110,16 +111,16 @@ def saved(tmp_path):
     base = tmp_path / "base"
     llama().save_pretrained(base)
     tokenizer().save_pretrained(base)
-    opened = directory.open_model(base, dtype="float32")
+    opened = opening.open_model(base, dtype="float32")
     model = nonzero(lora.attach(opened.model, r=4))
     model.save_pretrained(tmp_path / "adapter")
-    directory.write_note(model, tmp_path / "adapter")
+    opening.write_note(model, tmp_path / "adapter")
     return tmp_path, model(input_ids=IDS).logits
 
 
 def test_adapter_folder_finds_its_base_and_gives_the_same_logits(saved):
     folder, expected = saved
-    opened = directory.open_model(folder / "adapter", dtype="float32")
+    opened = opening.open_model(folder / "adapter", dtype="float32")
     torch.testing.assert_close(opened.model(input_ids=IDS).logits, expected, rtol=0, atol=1e-6)
     assert opened.tokenizer.pad_token_id != opened.tokenizer.eos_token_id
     assert "FastLoraLinear" in swap.summary(opened.model)
@@ -128,27 +129,27 @@ def test_adapter_folder_finds_its_base_and_gives_the_same_logits(saved):
 def test_adapter_on_a_base_of_another_shape_is_refused(saved):
     folder, _ = saved
     with pytest.raises(AdapterError, match=r"(?s)FG-ADAPT-003.*another base model.*features 64"):
-        directory.attach_saved(llama(hidden_size=64), folder / "adapter")
+        opening.attach_saved(llama(hidden_size=64), folder / "adapter")
     with pytest.raises(AdapterError, match=r"FG-ADAPT-003.*no layer"):
-        directory.attach_saved(llama(num_hidden_layers=1), folder / "adapter")
+        opening.attach_saved(llama(num_hidden_layers=1), folder / "adapter")
 
 
 def test_adapter_on_a_base_with_other_weights_is_refused(saved):
     folder, _ = saved
     with pytest.raises(AdapterError, match="weights of its embedding are different"):
-        directory.attach_saved(llama(seed=8), folder / "adapter")
+        opening.attach_saved(llama(seed=8), folder / "adapter")
     # The same base in another precision is the same base.
-    directory.attach_saved(llama(torch.bfloat16), folder / "adapter")
+    opening.attach_saved(llama(torch.bfloat16), folder / "adapter")
 
 
 def test_adapter_without_a_base_says_so(saved):
     folder, _ = saved
-    (folder / "adapter" / directory.NOTE).unlink()
+    (folder / "adapter" / opening.NOTE).unlink()
     path = folder / "adapter" / "adapter_config.json"
     values = {**json.loads(path.read_text()), "base_model_name_or_path": None}
     path.write_text(json.dumps(values))
     with pytest.raises(AdapterError, match="FG-ADAPT-005"):
-        directory.open_model(folder / "adapter")
+        opening.open_model(folder / "adapter")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

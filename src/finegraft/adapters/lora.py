@@ -232,4 +232,15 @@ def attach(
     return wrapped
 
 
-METHOD = Method(attach=attach, accelerate=accelerate, not_mergeable=None)
+METHOD = Method(
+    summary="low-rank updates beside frozen linear layers; the default",
+    attach=attach,
+    peft_type="LORA",
+    accelerate=accelerate,
+    keys=("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora"),
+    variants={
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa_niter_16"},
+    },
+)

@@ -56,7 +56,7 @@ def _parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
     elif get_origin(kind) is Literal:
         accepted, metavar = kind, "CHOICE"
     elif get_origin(kind) is dict:
-        accepted, metavar = list[str], "WANTED=FOUND"
+        accepted, metavar = list[str], "WANTED=FOUND" if name == "map" else "NAME=VALUE"
     else:  # a list or one name
         metavar = "NAME,NAME"
     option = typer.Option(
@@ -125,6 +125,8 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in flags.items() if value not in (None, [])}
     if "map" in values:
         values["map"] = _mapping(values["map"])
+    if "method_settings" in values:
+        values["method_settings"] = dict(map(parse_assignment, values["method_settings"]))
     modules = values.get("target_modules")
     if modules is not None and _NAMES.fullmatch(modules):
         values["target_modules"] = [name.strip() for name in modules.split(",") if name.strip()]

@@ -27,6 +27,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
+    task: str = _field("causal", "what to train: causal or classification", "model")
     model: str = _field(..., "hub name, folder, GGUF file, adapter folder, or 'demo'", "model")
     revision: str | None = _field(None, "branch, tag or commit on the hub", "model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field(
@@ -50,6 +51,8 @@ class TrainConfig(BaseModel):
         True, "compute what all rows of a batch begin with once; same gradients", "data"
     )
 
+    method: str = _field("lora", "how to tune: see `finegraft methods`", "adapter")
+    method_settings: dict[str, Any] = _field({}, "further settings of the method", "adapter")
     r: int = _field(16, "LoRA rank; 0 with full_finetuning", "adapter", ge=0)
     lora_alpha: int = _field(16, "LoRA scale is alpha / r", "adapter", gt=0)
     lora_dropout: float = _field(0.0, "dropout before the LoRA", "adapter", ge=0, lt=1)

@@ -1,9 +1,10 @@
 """One run, from a configuration to a folder.
 
 What: data is checked, the model loaded, trained, saved; everything of it lies in the run folder.
-How: a thin sequence over ``data``, ``adapters`` and ``SFTTrainer``. Constraint: the folder appears
-only when data and model are good, ``adapter/`` only when it is complete, and an interrupt leaves a
-checkpoint that ``resume`` goes on from. Trade-off: the checks cost a second before every run.
+How: a thin sequence over ``training.tasks``, which know rows and models. Constraint: the folder
+appears only when data and model are good, ``adapter/`` only when it is complete, and an interrupt
+leaves a checkpoint that ``resume`` goes on from. Trade-off: the checks cost a second before every
+run.
 """
 
 from __future__ import annotations
@@ -16,27 +17,19 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback
 
-from finegraft.adapters import directory, lora
 from finegraft.core.errors import ConfigError, DataError
 from finegraft.core.paths import require_writable, whole_folder, write_whole
 from finegraft.core.schema import TrainConfig
-from finegraft.data import rows as layouts
-from finegraft.data.chat_templates import get_chat_template
-from finegraft.data.prepare import Prepared, prepare
-from finegraft.data.sources import fingerprint, read_rows
-from finegraft.models.locate import Located, locate
 from finegraft.training import checkpoint, plot
-from finegraft.training.arguments import SFTConfig
-from finegraft.training.dataset import Rendering, columns
 from finegraft.training.events import EventLog, Listener, RunCallback
-from finegraft.training.sft import SFTTrainer
+from finegraft.training.tasks import TASKS
+from finegraft.training.tasks._contract import Checked
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +48,6 @@ class RunResult:
     interrupted: bool
     adapter: Path | None
     model: Any
-    tokenizer: Any
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Checked rows, rendered."""
-
-    train: Prepared
-    held_out: Prepared | None
-    record: dict[str, Any]
     tokenizer: Any
 
 
@@ -90,11 +73,14 @@ def train(
     with _removed_on_error(run):
         require_writable(run)
         log.emit("phase", name="checking data")
-        data = _check_data(config, log)
+        task = TASKS.get(config.task)
+        data = task.check(config, log)
         if resume:
             _require_same_data(run, data.record)
         log.emit("phase", name="loading model")
-        trainer = _build(config, data)
+        trainer = task.build(config, data)
+        for noisy in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(noisy)
         if not resume:
             _fill(run, config, data)
         log.open(run / "events.jsonl")
@@ -154,109 +140,7 @@ def _removed_on_error(run: Path) -> Iterator[None]:
         raise
 
 
-def _check_data(config: TrainConfig, log: EventLog) -> _Data:
-    """Read, recognise and render the rows; the weights are not loaded for it."""
-    rows = layouts.apply_map(read_rows(config.data), config.map)
-    name, layout = layouts.detect(rows)
-    conversations, tools = layouts.conversations(rows, layout), layouts.tools_of(rows)
-    held_rows: list[Any] = []
-    if config.eval_data:
-        held_rows = layouts.apply_map(read_rows(config.eval_data), config.map)
-        _, held_layout = layouts.detect(held_rows)
-        held = layouts.conversations(held_rows, held_layout)
-    elif config.eval_fraction:
-        size = max(1, round(len(conversations) * config.eval_fraction))
-        held, conversations = conversations[-size:], conversations[:-size]
-        tools = tools and tools[:-size]
-    else:
-        held = []
-    tokenizer = _open_tokenizer(config)
-    settings = {"max_length": config.max_length, "completion_only": config.completion_only_loss}
-    prepared = prepare(conversations, tokenizer, tools=tools, **settings)
-    held_out = prepare(held, tokenizer, **settings) if held else None
-    record = {
-        "path": config.data,
-        "fingerprint": fingerprint(config.data),
-        "format": name,
-        "counts": asdict(prepared.counts),
-        "eval_counts": asdict(held_out.counts) if held_out else None,
-        "warnings": prepared.warnings,
-    }
-    log.emit("data", format=name, warnings=prepared.warnings, **asdict(prepared.counts))
-    return _Data(prepared, held_out, record, tokenizer)
-
-
-def _open_tokenizer(config: TrainConfig) -> Any:
-    """The tokenizer of the configured model, with the configured chat template."""
-    located: Located = locate(config.model, revision=config.revision)
-    tokenizer = directory.open_tokenizer(
-        located, max_seq_length=config.max_length, trust_remote_code=config.trust_remote_code
-    )
-    if config.chat_template:
-        tokenizer = get_chat_template(tokenizer, config.chat_template)
-    return tokenizer
-
-
-def _build(config: TrainConfig, data: _Data) -> SFTTrainer:
-    opened = directory.open_model(
-        config.model,
-        revision=config.revision,
-        max_seq_length=config.max_length,
-        trainable=True,
-        trust_remote_code=config.trust_remote_code,
-        tokenizer=data.tokenizer,
-        dtype=config.dtype,
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
-    )
-    model = opened.model
-    set_seed(config.seed)
-    if not config.full_finetuning and opened.located.kind != "adapter":
-        model = lora.attach(
-            model,
-            r=config.r,
-            target_modules=config.target_modules,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            bias=config.bias,
-            use_rslora=config.use_rslora,
-        )
-    how = Rendering(data.tokenizer, config.max_length, packing=config.packing)
-    trainer = SFTTrainer(
-        model=model,
-        args=_arguments(config, has_eval=data.held_out is not None),
-        train_dataset=_dataset(data.train, how),
-        eval_dataset=_dataset(data.held_out, how) if data.held_out else None,
-        processing_class=data.tokenizer,
-    )
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
-    return trainer
-
-
-def _dataset(prepared: Any, how: Rendering) -> Dataset:
-    return Dataset.from_dict(columns(prepared.input_ids, prepared.labels, how))
-
-
-def _arguments(config: TrainConfig, has_eval: bool) -> SFTConfig:
-    # The schema's keys carry the trainer's own names: the shared ones are handed over unchanged.
-    done_here = {"packing", "completion_only_loss", "eval_steps"}
-    same = set(TrainConfig.model_fields) & {f.name for f in fields(SFTConfig)} - done_here
-    evaluation: dict[str, Any] = {"eval_strategy": "no"}
-    if has_eval:
-        steps = {"eval_strategy": "steps", "eval_steps": config.eval_steps}
-        evaluation = steps if config.eval_steps else {"eval_strategy": "epoch"}
-    return SFTConfig(
-        output_dir=str(Path(config.output) / "checkpoints"),
-        disable_tqdm=True,
-        save_strategy="steps",
-        share_prefix=config.share_prefix,
-        **{name: getattr(config, name) for name in same},
-        **evaluation,
-    )
-
-
-def _fill(run: Path, config: TrainConfig, data: _Data) -> None:
+def _fill(run: Path, config: TrainConfig, data: Checked) -> None:
     """Write what describes the run; an older run in the folder goes first."""
     for old in ("checkpoints", "adapter", "model", "report"):
         shutil.rmtree(run / old, ignore_errors=True)
@@ -297,7 +181,7 @@ def _stopping(callback: RunCallback, log: EventLog) -> Iterator[None]:
 
 
 def _train(
-    config: TrainConfig, trainer: SFTTrainer, tokenizer: Any, log: EventLog, resume: bool
+    config: TrainConfig, trainer: Any, tokenizer: Any, log: EventLog, resume: bool
 ) -> RunResult:
     run = Path(config.output)
     callback = RunCallback(log, trainer)
@@ -340,7 +224,7 @@ def _train(
     return result
 
 
-def _save(config: TrainConfig, trainer: SFTTrainer, run: Path) -> Path:
+def _save(config: TrainConfig, trainer: Any, run: Path) -> Path:
     """Write ``adapter/`` (or ``model/`` after full fine-tuning), complete or not at all."""
     final = run / ("model" if config.full_finetuning else "adapter")
     with checkpoint.full_disk_named(final), whole_folder(final) as folder:

@@ -22,7 +22,7 @@ import transformers
 import trl
 from transformers.trainer_utils import rotate_checkpoints
 
-from finegraft.adapters import directory, lora
+from finegraft import adapters, opening
 from finegraft.core.arguments import Drop, Rename, translate
 from finegraft.kernels.document_attention.layout import SHORT
 from finegraft.models import causal_loss, families, quantize, swap
@@ -116,7 +116,7 @@ class SFTTrainer(trl.SFTTrainer):
                 peft_config=peft_config,
                 **given,
             )
-        lora.accelerate(self.model)
+        adapters.accelerate(self.model)
         logger.info("%s", swap.summary(self.model))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,7 +227,7 @@ class SFTTrainer(trl.SFTTrainer):
             super()._save(output_dir, state_dict)
             save_special_tokens(self.processing_class, Path(output_dir))
             if hasattr(self.model, "get_base_model"):
-                directory.write_note(self.model, Path(output_dir))
+                opening.write_note(self.model, Path(output_dir))
 
 
 def save_special_tokens(tokenizer: Any, folder: Path) -> None:
@@ -241,10 +241,10 @@ def save_special_tokens(tokenizer: Any, folder: Path) -> None:
 def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Load a model given by name, and find the tokenizer of one given without."""
     if isinstance(model, str):
-        opened = directory.open_model(model, trainable=True)
+        opened = opening.open_model(model, trainable=True)
         return opened.model, tokenizer or opened.tokenizer
     if tokenizer is None:
-        tokenizer = directory.open_tokenizer(locate(model.config.name_or_path))
+        tokenizer = opening.open_tokenizer(locate(model.config.name_or_path))
     elif tokenizer.pad_token_id is None:
         prepare(tokenizer, model.config, None)
     return model, tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from finegraft.adapters import lora
+from finegraft import adapters
 from finegraft.core.arguments import Rename, translate
 from finegraft.models import families, swap
 from finegraft.training import heads
@@ -55,6 +55,6 @@ def _accelerate(model: nn.Module) -> None:
     if not isinstance(core, transformers.PreTrainedModel):
         return
     families.apply(model)
-    lora.accelerate(model)
+    adapters.accelerate(model)
     heads.keep_precise(model)
     logger.info("model: %s", swap.summary(model))

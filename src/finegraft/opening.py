@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from finegraft.adapters import lora
+from finegraft import adapters
 from finegraft.core.errors import AdapterError, ModelError
 from finegraft.core.paths import cache_dir
 from finegraft.models import causal_loss, load, packaged, swap
@@ -130,7 +130,7 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         raise AdapterError(
             "FG-ADAPT-006", f"the adapter in {folder} cannot be read: {error}", fix="train it again"
         ) from error
-    lora.accelerate(wrapped)
+    adapters.accelerate(wrapped)
     return wrapped
 
 
