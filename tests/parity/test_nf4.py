@@ -51,6 +51,20 @@ def test_rows_that_end_inside_a_block(shape, quant_type):
         assert flat[part].max() <= 0.17 * largest[part].max()
 
 
+@TYPES
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(64, 96), (5, 7), (3, 1000), (1, 1), (300, 70), (129, 576)])
+def test_one_compiled_pass_is_bit_equal(shape, nested, quant_type):
+    _, packed, state = quantised(
+        shape, torch.bfloat16, quant_type=quant_type, compress_statistics=nested
+    )
+    want = reference(packed, scales(state), state.blocksize, shape, torch.bfloat16, quant_type)
+    assert torch.equal(dense(packed, state), want)
+    around = torch.full((shape[0] + 2, shape[1]), 7.0, dtype=torch.bfloat16)
+    dense(packed, state, out=around[1:-1])
+    assert torch.equal(around[1:-1], want) and (around[[0, -1]] == 7.0).all()
+
+
 def test_another_dtype_than_the_one_it_was_quantised_from():
     _, packed, state = quantised((8, 64), torch.float32, quant_type="nf4")
     found = dense(packed, state, torch.bfloat16)

@@ -51,6 +51,7 @@ _double_of = _bitcast(types.int64, types.float64, ir.DoubleType())
 _half_pointer = _pointer(types.uint16, ir.IntType(16))
 _single_pointer = _pointer(types.float32, ir.FloatType())
 _integer_pointer = _pointer(types.int64, ir.IntType(64))
+_octet_pointer = _pointer(types.uint8, ir.IntType(8))
 
 
 @njit(inline="always")
@@ -114,6 +115,12 @@ def singles(address, size):
 def integers(address, size):
     """[size] int64 at an address."""
     return carray(_integer_pointer(address), (size,))
+
+
+@njit(inline="always")
+def octets(address, size):
+    """[size] bytes at an address."""
+    return carray(_octet_pointer(address), (size,))
 
 
 @njit(inline="always")

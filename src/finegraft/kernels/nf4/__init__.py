@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from finegraft.core.errors import ConfigError, ModelError
-from finegraft.kernels import _gpu
+from finegraft.kernels import _gpu, _loops
 from finegraft.kernels._contract import Case, Op
 
 __all__ = ["OP", "dense", "dequantize", "scales", "table"]
+
+_LOOP = _loops.Kernel("nf4", "dense")
 
 # NF4: the QLoRA paper's appendix E, values of equal probability under a normal distribution.
 # FP4: sign, two bits of exponent, one of mantissa, divided by the largest, 12.
@@ -134,7 +136,10 @@ def dequantize(
 
 
 def dense(
-    weight: torch.Tensor, quant_state: Any = None, dtype: torch.dtype | None = None
+    weight: torch.Tensor,
+    quant_state: Any = None,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the dense weight of a bitsandbytes 4-bit parameter; carries no gradient.
 
@@ -142,6 +147,7 @@ def dense(
         weight: ``Params4bit``, or its packed tensor together with ``quant_state``. Not transposed.
         quant_state: Its ``QuantState``; by default the parameter's own.
         dtype: Of the result; by default the one it was quantised from.
+        out: Dense rows [out, in] of that dtype to write into.
 
     Returns:
         [out, in], bit-equal to ``bitsandbytes.functional.dequantize_4bit`` where that is right.
@@ -172,6 +178,13 @@ def dense(
     # Other storage dtypes (FSDP's) hold the same bytes.
     packed = weight.detach().contiguous().view(torch.uint8).reshape(-1)
     dtype = dtype or state.dtype
+    if dtype == torch.bfloat16 and packed.device.type == "cpu" and _loops.missing() is None:
+        return _looped(packed, state, out)
+    found = _dense(packed, state, dtype)
+    return found if out is None else out.copy_(found)
+
+
+def _dense(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     if packed.device.type == "cpu" and state.shape[-1] % state.blocksize == 0:
         # Its compiled loop takes 0.33 ms where torch's look-ups take 1.6 (1,536 x 576, 1 thread).
         # Rows that end inside a block it gets wrong (0.50.2): values take a neighbour's scale.
@@ -189,6 +202,23 @@ def dense(
         rest = state.blocksize, state.shape, dtype, state.quant_type
         return triton.dequantize_nested(packed, state.absmax, nested, *rest)
     return dequantize(packed, scales(state), state.blocksize, state.shape, dtype, state.quant_type)
+
+
+def _looped(packed: torch.Tensor, state: Any, out: torch.Tensor | None) -> torch.Tensor:
+    """One compiled pass, double quantisation included; its tensors are known to be dense."""
+    values = table(state.quant_type, packed.device, torch.float32)
+    if out is None:
+        out = packed.new_empty(tuple(state.shape), dtype=torch.bfloat16)
+    scratch = packed.new_empty(32 * torch.get_num_threads(), dtype=torch.bfloat16)
+    code = outer = offset = None
+    scales, outer_size = state.absmax, 1
+    if state.nested:
+        code, outer, offset = state.state2.code, state.state2.absmax, state.offset
+        outer_size = state.state2.blocksize
+    n = out.numel()
+    operands = (packed, scales, code, outer, offset, values, scratch, out)
+    _LOOP(n, *operands, state.blocksize, outer_size, n)
+    return out
 
 
 def _compiled(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
