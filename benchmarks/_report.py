@@ -19,6 +19,8 @@ LABELS = {
     "trl-float32": "trl + peft, float32, padded",
     "trl-bf16": "trl + peft, bf16 weights, padded",
     "peft-bare-bf16": "peft in a bare loop, bf16, no trainer",
+    "trl-4bit": "trl + peft + bitsandbytes, NF4 base, bf16 compute",
+    "finegraft-4bit": "finegraft, NF4 base, every token computed",
     "finegraft": "finegraft, every token computed",
     "finegraft-shared": "finegraft, the shared system prompt once a batch (the default)",
 }

@@ -83,12 +83,20 @@ def lora_config(job: dict):
     )
 
 
-def stock_model(job: dict, dtype: str):
+def stock_model(job: dict, dtype: str, four_bit: bool = False):
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=dtype, quantization_config=quantized if four_bit else None
+    )
     torch.manual_seed(11)
     return get_peft_model(model, lora_config(job))
 
@@ -99,12 +107,12 @@ def dataset(job: dict):
     return Dataset.from_dict({"input_ids": job["input_ids"], "labels": job["labels"]})
 
 
-def run_trl(job: dict, turns: Turns, dtype: str):
+def run_trl(job: dict, turns: Turns, dtype: str, four_bit: bool = False):
     import trl
     from transformers import AutoTokenizer
 
     trainer = trl.SFTTrainer(
-        model=stock_model(job, dtype),
+        model=stock_model(job, dtype, four_bit),
         args=trl.SFTConfig(
             **settings(job),
             bf16=False,
@@ -146,13 +154,13 @@ def run_bare(job: dict, turns: Turns):
     return model
 
 
-def run_finegraft(job: dict, turns: Turns, share_prefix: bool):
+def run_finegraft(job: dict, turns: Turns, share_prefix: bool, four_bit: bool = False):
     import finegraft
     from finegraft.core.process import keep_freed_memory
 
     keep_freed_memory()  # as the command line does for its own process
     model, tokenizer = finegraft.FastLanguageModel.from_pretrained(
-        job["model"], dtype="bfloat16", max_seq_length=None
+        job["model"], dtype="bfloat16", max_seq_length=None, load_in_4bit=four_bit
     )
     model = finegraft.FastLanguageModel.get_peft_model(
         model, r=job["r"], lora_alpha=job["r"], random_state=11
@@ -174,6 +182,8 @@ CONTENDERS = {
     "peft-bare-bf16": run_bare,
     "finegraft": lambda job, turns: run_finegraft(job, turns, False),
     "finegraft-shared": lambda job, turns: run_finegraft(job, turns, True),
+    "trl-4bit": lambda job, turns: run_trl(job, turns, "bfloat16", four_bit=True),
+    "finegraft-4bit": lambda job, turns: run_finegraft(job, turns, False, four_bit=True),
 }
 
 

@@ -5,7 +5,7 @@ at a time in turns; medians, ratios, held-out loss and the share of the machine'
 go to a table, a picture and a JSON. Constraint: nothing is compared across runs. A step's time is
 from its start to the next one's, trainer included.
 
-    python benchmarks/cpu_sft.py [--quick] [--documents 1024]
+    python benchmarks/cpu_sft.py [--quick] [--documents 1024 | --four-bit]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 WARM_UP_STEPS = 2
 PEERS = ("trl-float32", "trl-bf16", "peft-bare-bf16")
 OURS = ("finegraft", "finegraft-shared")
+FOUR_BIT = ("trl-4bit", "finegraft", "finegraft-4bit")
 
 
 def rows(count: int, heldout: int) -> tuple[Any, Any, str]:
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps each")
     parser.add_argument("--batch", type=int, help="rows a step (32, or 2 documents)")
     parser.add_argument("--documents", type=int, help="tokens of a document; unset: chat rows")
+    parser.add_argument("--four-bit", action="store_true", help="QLoRA beside the 16-bit base")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--only", nargs="*", help="contenders to run")
@@ -85,7 +87,7 @@ def main() -> None:
         "heldout_labels": held.labels,
     }
     ours = OURS[:1] if chosen.documents else OURS
-    names = chosen.only or [*PEERS, *ours]
+    names = chosen.only or (FOUR_BIT if chosen.four_bit else [*PEERS, *ours])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job))
@@ -97,6 +99,8 @@ def main() -> None:
     if chosen.documents:
         result["name"] += f"_{chosen.documents}"
         result["task"] = f"LoRA r=16, SmolLM2-135M, {batch} documents of {chosen.documents} tokens"
+    if chosen.four_bit:
+        result["name"] += "_4bit"
     _report.write(result, chosen.output / f"{result['name']}.json")
 
 
@@ -136,7 +140,7 @@ def summary(found: list[Contender], job: dict, tokens: float, labels: float) -> 
     by_name = {row["contender"]: row for row in table}
     best = by_name.get("finegraft") or table[-1]
     shared = by_name.get("finegraft-shared") or best
-    peers = [row for row in table if row["contender"] in PEERS]
+    peers = [row for row in table if not row["contender"].startswith("finegraft")]
     # Frozen products: 2 flops a weight forward, 2 for the input's gradient; the head on labels.
     flops = 4 * 106.2e6 * tokens + 4 * 28.3e6 * labels
     return {

@@ -28,7 +28,7 @@ TABLES = {
     "scaling": scaling.table,
 }
 # Too long for the README.
-ONLY_IN_DOCS = ("scaling", "cpu_sft_1024")
+ONLY_IN_DOCS = ("scaling", "cpu_sft_1024", "cpu_sft_4bit")
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 
 

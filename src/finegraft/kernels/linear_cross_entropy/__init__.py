@@ -42,7 +42,12 @@ def _cases() -> Iterator[Case]:
             "softcap": softcap,
             "logit_scale": scale,
         }
-        yield Case(f"n{n}-d{d}-v{v}-cap{softcap}-scale{scale}", inputs, ("hidden", "weight"))
+        name = f"n{n}-d{d}-v{v}-cap{softcap}-scale{scale}"
+        yield Case(name, inputs, ("hidden", "weight"))
+        ids = torch.randperm(v, generator=generator)[: min(v, 3)]
+        rows = torch.randn(ids.numel(), d, dtype=torch.float64, generator=generator) / d**0.5
+        trained = {**inputs, "row_ids": ids, "rows": rows}
+        yield Case(f"{name}-rows", trained, ("hidden", "weight", "rows"))
 
 
 OP = Op(

@@ -5,7 +5,7 @@ softmax is turned into its gradient in place and multiplied back at once; backwa
 Constraint: gradients are computed only for inputs that ask for one, none in evaluation.
 Trade-off: the work of backward happens in forward, which a caller that never calls backward pays.
 
-Shapes: n labelled rows, c rows of a chunk, d hidden, v vocabulary.
+Shapes: n labelled rows, c rows of a chunk, d hidden, v vocabulary, k trained rows of the head.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ def linear_cross_entropy(
     num_items: float | torch.Tensor,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    row_ids: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Same contract as the reference; differentiable in ``hidden`` and ``weight``."""
+    """Same contract as the reference; differentiable in ``hidden``, ``weight`` and ``rows``."""
     on_gpu = _gpu.kernel("linear_cross_entropy", hidden, weight)
     if on_gpu is not None:
-        return on_gpu(hidden, weight, labels, num_items, softcap, logit_scale)
+        return on_gpu(hidden, weight, labels, num_items, softcap, logit_scale, row_ids, rows)
     loss: torch.Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, labels, num_items, softcap, logit_scale
+        hidden, weight, labels, num_items, softcap, logit_scale, row_ids, rows
     )
     return loss
 
@@ -57,41 +59,79 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_items: float | torch.Tensor,
         softcap: float | None,
         logit_scale: float,
+        row_ids: torch.Tensor | None,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
+        trained = None if row_ids is None or rows is None else _TrainedRows(ctx, row_ids, rows)
+        wanted = want_hidden or want_weight or trained is not None
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         compiled = not want_weight and _loops.refusal(hidden, weight) is None
-        rows = _CHUNK_ELEMENTS // weight.shape[0] // _ROW_MULTIPLE * _ROW_MULTIPLE or _ROW_MULTIPLE
-        for start in range(0, hidden.shape[0], rows):
-            h, y = hidden[start : start + rows], labels[start : start + rows]
-            if compiled:
-                loss, d_logits = _compiled(h, weight, y, softcap, logit_scale, want_hidden)
-            else:
-                wanted = want_hidden or want_weight
-                loss, d_logits = _composed(h, weight, y, softcap, logit_scale, wanted)
+        step = _CHUNK_ELEMENTS // weight.shape[0] // _ROW_MULTIPLE * _ROW_MULTIPLE or _ROW_MULTIPLE
+        for start in range(0, hidden.shape[0], step):
+            h, y = hidden[start : start + step], labels[start : start + step]
+            logits = _filled(h) @ weight.t()
+            if trained is not None:
+                trained.score(h, logits)
+            chunk_loss = _compiled if compiled else _composed
+            loss, d_logits = chunk_loss(logits, y, softcap, logit_scale, wanted, h.dtype)
             total += loss
+            extra = None if trained is None else trained.take(h, d_logits)
             if d_hidden is not None:
-                d_hidden[start : start + rows] = d_logits.mm(weight)[: h.shape[0]]
+                d_h = d_logits.mm(weight)
+                d_hidden[start : start + step] = (d_h if extra is None else d_h + extra)[
+                    : h.shape[0]
+                ]
             if d_weight is not None:
                 d_weight.addmm_(d_logits[: h.shape[0]].t().to(accumulate), h.to(accumulate))
         ctx.num_items = num_items
-        ctx.save_for_backward(d_hidden, d_weight)
+        d_rows = None if trained is None else trained.gradient
+        ctx.save_for_backward(d_hidden, d_weight, d_rows)
         ctx.weight_dtype = weight.dtype
         return total / num_items
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (d_loss,) = grads
-        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden, d_weight, d_rows = ctx.saved_tensors
         scale = d_loss / ctx.num_items
         if d_hidden is not None:
             d_hidden = (d_hidden * scale).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * scale).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None
+        if d_rows is not None:
+            d_rows = (d_rows * scale).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None, None, None, d_rows
+
+
+class _TrainedRows:
+    """A few rows of the head that are trained while the rest is frozen.
+
+    Their logits replace columns of the product, and their gradient is a product of these columns
+    alone: no copy of the head (57 MB for 49k x 576 in bf16) and no gradient of its size.
+    """
+
+    def __init__(self, ctx: Any, ids: torch.Tensor, rows: torch.Tensor):
+        self.ids, self.rows = ids, rows
+        accumulate = torch.promote_types(rows.dtype, torch.float32)
+        wanted = ctx.needs_input_grad[7]
+        self.gradient = torch.zeros_like(rows, dtype=accumulate) if wanted else None
+
+    def score(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """Put their logits into ``logits`` [c filled up, v]."""
+        logits[: hidden.shape[0]].index_copy_(1, self.ids, hidden @ self.rows.t())
+
+    def take(self, hidden: torch.Tensor, d_logits: torch.Tensor) -> torch.Tensor:
+        """Take their columns out of ``d_logits``; return what these give d_hidden [c, d]."""
+        part = d_logits.index_select(1, self.ids)  # [c filled up, k]
+        d_logits.index_fill_(1, self.ids, 0)
+        if self.gradient is not None:
+            kind = self.gradient.dtype
+            self.gradient.addmm_(part[: hidden.shape[0]].t().to(kind), hidden.to(kind))
+        return part @ self.rows
 
 
 def _filled(rows: torch.Tensor) -> torch.Tensor:
@@ -101,32 +141,30 @@ def _filled(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _compiled(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
+    logits: torch.Tensor,
     labels: torch.Tensor,
     softcap: float | None,
     logit_scale: float,
     wanted: bool,
+    _dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of a chunk and its logits' gradient [c filled up, v], in one pass over the logits."""
-    logits = _filled(hidden) @ weight.t()
-    (c, v), losses = (hidden.shape[0], weight.shape[0]), torch.empty(hidden.shape[0])
+    (c, v), losses = (labels.shape[0], logits.shape[1]), torch.empty(labels.shape[0])
     cap, scale = float(softcap or 0.0), float(logit_scale)
     _SOFTMAX(c * v, logits, labels.contiguous(), losses, c, v, cap, scale, wanted)
     return losses.sum(), logits
 
 
 def _composed(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
+    logits: torch.Tensor,
     labels: torch.Tensor,
     softcap: float | None,
     logit_scale: float,
     wanted: bool,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same out of torch's operations, any dtype."""
-    logits = (_filled(hidden) @ weight.t())[: hidden.shape[0]]
-    logits = logits.to(torch.promote_types(hidden.dtype, torch.float32))  # [c, v]
+    logits = logits[: labels.shape[0]].to(torch.promote_types(dtype, torch.float32))  # [c, v]
     if logit_scale != 1.0:
         logits.mul_(logit_scale)
     if softcap is not None:
@@ -136,7 +174,7 @@ def _composed(
     if not wanted:
         return loss, logits
     grad = _softmax_gradient(logits, lse, labels, softcap, logit_scale)
-    return loss, _filled(grad.to(hidden.dtype))
+    return loss, _filled(grad.to(dtype))
 
 
 def _softmax_gradient(

@@ -40,6 +40,8 @@ def linear_cross_entropy(
     num_items: float | torch.Tensor,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    row_ids: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``sum(-log softmax(cap(scale * hidden @ weight.T))[labels]) / num_items``.
 
@@ -51,9 +53,11 @@ def linear_cross_entropy(
         num_items: Labelled tokens of the whole optimizer step, over all its micro-batches.
         softcap: Logits become ``softcap * tanh(logits / softcap)``.
         logit_scale: Factor on the logits before the cap.
+        row_ids: [k], rows of ``weight`` that ``rows`` stand for, in a copy made for it.
+        rows: [k, d] in the dtype of ``weight``.
 
     Returns:
-        Scalar in float32, differentiable once in ``hidden`` and ``weight``.
+        Scalar in float32, differentiable once in ``hidden``, ``weight`` and ``rows``.
 
     Raises:
         ConfigError: FG-KERNEL-001, a dtype or device that Triton cannot take; FG-KERNEL-002,
@@ -73,6 +77,8 @@ def linear_cross_entropy(
         f"{weight.dtype}, labels {tuple(labels.shape)}",
         "[n, d] and [v, d] in one dtype, [n]",
     )
+    if row_ids is not None and rows is not None:
+        weight = weight.index_copy(0, row_ids, rows)
     loss: torch.Tensor = _LinearCrossEntropy.apply(
         hidden, weight, labels, num_items, softcap, logit_scale
     )

@@ -84,14 +84,14 @@ class _Shape:
     def dense(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """The weights, as one [O, i] where they lie behind one another."""
         first = self.weights[0]
-        quantized = [_state(weight) is not weight for weight in self.weights]
-        if all(quantized):
+        quantized = sum(_state(weight) is not weight for weight in self.weights)
+        if quantized == len(self.weights):
             out = first.new_empty(sum(self.widths), _state(first).shape[1], dtype=dtype)
             for weight, rows in zip(self.weights, out.split(self.widths), strict=True):
                 nf4.dense(weight, dtype=dtype, out=rows)
             return [out]
-        if any(quantized):
-            return [nf4.dense(w, dtype=dtype) if q else w for w, q in zip(self.weights, quantized)]
+        if quantized:
+            return [w if _state(w) is w else nf4.dense(w, dtype=dtype) for w in self.weights]
         at = first.data_ptr()
         for weight in self.weights:
             if weight.data_ptr() != at or not weight.is_contiguous():
