@@ -28,6 +28,7 @@ NOTE = "<!-- Written by docs/make.py from the source; after a change there: pyth
 PARTS = {
     "ADAPT": "Adapters",
     "ARG": "Keyword arguments",
+    "CLASS": "Classification",
     "CLI": "Command line",
     "CONF": "Configuration",
     "CORE": "Names of formats, methods and kernels",
@@ -38,6 +39,7 @@ PARTS = {
     "MODEL": "Models and tokenizers",
     "RUN": "Run folders",
     "SCORE": "Scoring",
+    "TOKEN": "New tokens",
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from finegraft import opening
+from finegraft import adapters, opening
 from finegraft.adapters import lora
 from finegraft.core.arguments import Drop, translate
 from finegraft.core.hardware import facts
@@ -55,7 +55,13 @@ _ADAPTING = {
     "qat_scheme": Drop("quantization-aware training is not available"),
     "max_seq_length": Drop("the length is the trainer's max_length"),
 }
-_LOAD_EXTRAS = {"quantization_config", "attn_implementation"}
+_LOAD_EXTRAS = {
+    "quantization_config",
+    "attn_implementation",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+}
 _LORA_EXTRAS = {
     "use_dora",
     "rank_pattern",
@@ -66,6 +72,8 @@ _LORA_EXTRAS = {
     "trainable_token_indices",
     "ensure_weight_tying",
     "exclude_modules",
+    "lora_bias",
+    "eva_config",
 }
 
 
@@ -164,35 +172,44 @@ class FastLanguageModel:
         modules_to_save: list[str] | None = None,
         init_lora_weights: bool | str = True,
         loftq_config: dict[str, Any] | None = None,
+        method: str = "lora",
         **more: Any,
     ) -> Any:
-        """Attach a new LoRA adapter.
+        """Attach a new adapter.
 
         Args:
             r: Rank, at least 1.
             target_modules: Names of linear layers, or "all-linear". The default stands for all
                 linear layers of whatever family the model is.
             random_state: Seed of the adapter's start; the global random state is left alone.
-            more: Further fields of peft's ``LoraConfig``.
+            method: One of ``finegraft.adapters.names()``. The names above are those of LoRA; what
+                another method does not have is refused when it is set.
+            more: Further settings of the method, for LoRA fields of peft's ``LoraConfig``;
+                ``adapter_name``; ``task_type``, by default what the model's class is for.
 
         Returns:
             A peft model; only the adapter trains.
 
         Raises:
-            AdapterError: FG-ADAPT-001 unknown target, FG-ADAPT-002 rank below 1, FG-ADAPT-004.
+            AdapterError: those of ``finegraft.adapters.attach``, for LoRA FG-ADAPT-001 unknown
+                target, FG-ADAPT-002 rank below 1, FG-ADAPT-004.
             ArgumentError: FG-ARG-001, an unknown name.
         """
+        found, _ = adapters.find(method)
         known = _known(FastLanguageModel.get_peft_model) | _LORA_EXTRAS
+        if found is not lora.METHOD:  # attach knows the names of the others
+            known = set(more) - set(_ADAPTING)
         extra = translate("get_peft_model", more, known, _ADAPTING)
-        targets = lora.ALL_LINEAR if target_modules is LLAMA_TARGETS else target_modules
-        if loftq_config:
-            extra["loftq_config"] = loftq_config
+        if found.not_recomputed and use_gradient_checkpointing == "unsloth":
+            use_gradient_checkpointing = False
+            if model.is_gradient_checkpointing:
+                model.gradient_checkpointing_disable()
         with torch.random.fork_rng():
             torch.manual_seed(random_state)
-            model = lora.attach(
-                model,
+            own = _settings(
+                method,
                 r=r,
-                target_modules=targets,
+                target_modules=target_modules,
                 lora_alpha=lora_alpha,
                 lora_dropout=lora_dropout,
                 bias=bias,
@@ -201,8 +218,9 @@ class FastLanguageModel:
                 use_rslora=use_rslora,
                 modules_to_save=modules_to_save,
                 init_lora_weights=init_lora_weights,
-                **extra,
+                loftq_config=loftq_config,
             )
+            model = adapters.attach(model, method, **own, **extra)
         _checkpointing(model, use_gradient_checkpointing)
         return model
 
@@ -218,6 +236,17 @@ class FastLanguageModel:
         if use_gradient_checkpointing is not None:
             _checkpointing(model, use_gradient_checkpointing)
         return model
+
+
+def _settings(method: str, **given: Any) -> dict[str, Any]:
+    """What ``get_peft_model`` hands on: for LoRA everything, else what is no default of its."""
+    parameters = inspect.signature(FastLanguageModel.get_peft_model).parameters
+    chosen = {n: v for n, v in given.items() if v != parameters[n].default}
+    found, preset = adapters.find(method)
+    if found is not lora.METHOD:
+        return chosen
+    usual = {n: v for n, v in given.items() if n not in {*preset, "loftq_config"}}
+    return {**usual, "target_modules": lora.ALL_LINEAR, **chosen}
 
 
 def _known(function: Callable[..., Any]) -> set[str]:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from finegraft import adapters
+from finegraft.adapters import _plugin, _tokens, _virtual
 from finegraft.core.errors import AdapterError, ModelError
 from finegraft.core.paths import cache_dir
-from finegraft.models import causal_loss, load, packaged, swap
+from finegraft.models import causal_loss, classifier, load, packaged, swap, tokens
 from finegraft.models.locate import Located, locate
 from finegraft.models.tokenizer import agree
 from finegraft.models.tokenizer import prepare as prepare_tokenizer
@@ -52,6 +53,28 @@ def open_tokenizer(
     config = load.load_config(config_path, trust_remote_code=trust_remote_code)
     tokenizer = load.load_tokenizer(path, trust_remote_code=trust_remote_code)
     return prepare_tokenizer(tokenizer, config, max_seq_length)
+
+
+def open_text_tokenizer(
+    located: Located,
+    *,
+    max_seq_length: int | None = None,
+    truncation_side: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A classifier's tokenizer, which cuts texts at the length that the model knows.
+
+    Args:
+        max_seq_length: In tokens, where that is less.
+        truncation_side: The end that is cut, ``left`` or ``right``; None: as it was saved.
+    """
+    tokenizer = open_tokenizer(located, trust_remote_code=trust_remote_code)
+    base = base_of(located) if located.kind == "adapter" else located
+    config = load.load_config(base.path, trust_remote_code=trust_remote_code)
+    longest = classifier.longest(config, tokenizer.model_max_length, max_seq_length)
+    tokenizer.model_max_length = longest or tokenizer.model_max_length
+    tokenizer.truncation_side = truncation_side or tokenizer.truncation_side
+    return tokenizer
 
 
 def base_of(located: Located, token: str | None = None) -> Located:
@@ -96,21 +119,28 @@ def open_model(
         load_settings: Further arguments of ``models.load.load_model``.
 
     Raises:
-        ModelError: codes of ``models``; AdapterError: FG-ADAPT-003 for another base.
+        ModelError: codes of ``models``, FG-CLASS-014 and FG-CLASS-015 for a model or adapter of
+            another task; AdapterError: FG-ADAPT-003 for another base.
     """
     located = locate(name, revision=revision, token=token)
+    task = load_settings.get("task", classifier.CAUSAL)
+    classifier.require_task(located, task)
+    if task != classifier.CAUSAL:
+        load_settings = classifier.loading(load_settings, saved_labels(located))
     base = base_of(located, token) if located.kind == "adapter" else located
     tokenizer = tokenizer or open_tokenizer(
         located, max_seq_length=max_seq_length, trust_remote_code=trust_remote_code
     )
-    model: Any = load.load_model(
-        base.path,
-        max_seq_length=max_seq_length,
-        trust_remote_code=trust_remote_code,
-        **load_settings,
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # what a checkpoint lacks is the same after every loading
+        model: Any = load.load_model(
+            base.path,
+            max_seq_length=max_seq_length,
+            trust_remote_code=trust_remote_code,
+            **load_settings,
+        )
     agree(model, tokenizer)
-    if load_settings.get("task", "causal") == "causal":
+    if task == classifier.CAUSAL:
         causal_loss.apply(model)
     if located.kind == "adapter":
         model = attach_saved(model, located.path, trainable=trainable)
@@ -124,14 +154,51 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         AdapterError: FG-ADAPT-003 another base, FG-ADAPT-006 unreadable adapter weights.
     """
     _check_base(model, folder)
+    _plugin.register_for(folder)
+    config = _tokens.saved_config(folder)
+    _tokens.make_room(model, config)
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        virtual = trainable and _virtual.is_virtual(folder)
+        wrapped = PeftModel.from_pretrained(
+            model, str(folder), is_trainable=trainable and not virtual, config=config
+        )
     except (RuntimeError, KeyError, SafetensorError) as error:
         raise AdapterError(
             "FG-ADAPT-006", f"the adapter in {folder} cannot be read: {error}", fix="train it again"
         ) from error
     adapters.accelerate(wrapped)
+    if virtual:
+        _virtual.go_on(wrapped, folder)
+    if config is not None:
+        _tokens.finish(wrapped)
     return wrapped
+
+
+def add_saved(model: Any, name: str, folder: str | Path, *, trainable: bool = False) -> Any:
+    """Give a model that carries adapters another one, saved in ``folder``, and switch to it.
+
+    Args:
+        name: What the adapter is to be called, see ``adapters.named``.
+
+    Raises:
+        AdapterError: FG-ADAPT-003 another base, FG-ADAPT-006 unreadable weights, FG-ADAPT-046 a
+            name that is taken, FG-ADAPT-047 an adapter of another kind.
+    """
+    folder = Path(folder)
+    adapters.named.check_new(model, name)
+    _check_base(swap.core(model), folder)
+    _plugin.register_for(folder)
+    adapters.named.check_kind(model, adapters.name_of(PeftConfig.from_pretrained(str(folder))))
+    rows = _tokens.join(model, name, folder, trainable)
+    try:
+        model.load_adapter(str(folder), name, is_trainable=trainable)
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        raise AdapterError(
+            "FG-ADAPT-006", f"the adapter in {folder} cannot be read: {error}", fix="train it again"
+        ) from error
+    if rows:
+        _tokens.finish(model)
+    return adapters.named.switch(model, name)
 
 
 def _check_base(model: nn.Module, folder: Path) -> None:
@@ -178,7 +245,8 @@ def sample(model: nn.Module) -> dict[str, list]:
     base = swap.core(model)
     table = base.get_input_embeddings()
     table = getattr(table, "original_module", getattr(table, "base_layer", table)).weight
-    rows = torch.linspace(0, table.shape[0] - 1, 16).long()
+    old = min([table.shape[0], *tokens.new_rows(base)])  # new rows are the adapter's
+    rows = torch.linspace(0, old - 1, 16).long()
     columns = torch.linspace(0, table.shape[1] - 1, 4).long()
     values = table.detach()[rows.to(table.device)][:, columns.to(table.device)].float()
     return {"rows": rows.tolist(), "columns": columns.tolist(), "values": values.tolist()}
@@ -200,14 +268,19 @@ def _sample_problem(model: nn.Module, note: dict[str, Any]) -> str | None:
 
 
 def write_note(model: nn.Module, folder: Path) -> None:
-    """Write ``finegraft.json``: the base's name and the sample of its embedding."""
+    """Write ``finegraft.json``: the base's name, a sample of its embedding, names of labels."""
     base = swap.core(model)
     path = Path(base.config.name_or_path)
     name = path.name if path.parent == cache_dir() / "models" else str(path)
     if name not in packaged.names():
         name = str(path)
-    note = {"base": name, "embedding_sample": sample(model)}
+    note = {"base": name, "embedding_sample": sample(model), **classifier.note(base)}
     (folder / NOTE).write_text(json.dumps(note) + "\n", encoding="utf-8")
+
+
+def saved_labels(located: Located) -> dict[str, Any]:
+    """Names of labels and kind of problem that an adapter was saved with; empty for a model."""
+    return classifier.from_note(_note(located.path)) if located.kind == "adapter" else {}
 
 
 def _note(folder: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_rank_zero_is_refused():
 
 def test_what_peft_refuses_is_named():
     with pytest.raises(AdapterError, match="FG-ADAPT-004"):
-        lora.attach(llama(), init_lora_weights="nonsense")
+        lora.attach(llama(), init_lora_weights="gaussian", lora_bias=True)
 
 
 @pytest.fixture

@@ -52,8 +52,10 @@ def trained(monkeypatch):
 def sample(name, info):
     """Words for a field's flag, and the value that must come of them."""
     kind = _without_none(info.annotation)
-    if name == "target_modules":
+    if name in ("target_modules", "modules_to_save"):
         return ["q_proj, v_proj"], ["q_proj", "v_proj"]
+    if name == "new_tokens":
+        return ["<order>"], ["<order>"]
     if kind is bool:
         return [], not info.default
     if get_origin(kind) is Literal:

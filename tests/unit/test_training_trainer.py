@@ -55,7 +55,7 @@ def test_2024_names_train(args, caplog):
 def test_it_is_the_stock_trainer(args):
     assert issubclass(finegraft.Trainer, transformers.Trainer)
     own = set(vars(finegraft.Trainer)) - {"__module__", "__doc__"}
-    assert own == {"__init__", "call_model_init"}
+    assert own == {"__init__", "call_model_init", "train"}
 
 
 def test_an_unknown_name(args):

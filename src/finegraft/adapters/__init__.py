@@ -8,14 +8,18 @@ model (a quantized base, this task) is refused before anything is changed.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
 from finegraft.adapters._contract import CAUSAL, SEQUENCE, TASKS, TOKEN, Method
+from finegraft.adapters._tokens import add_new_tokens, make_rows, train_new_rows
+from finegraft.core.arguments import translate
 from finegraft.core.errors import AdapterError, did_you_mean
 from finegraft.core.registry import Registry
 from finegraft.models import swap
+from finegraft.models.classifier import new_modules
 
 __all__ = [
     "CAUSAL",
@@ -23,14 +27,23 @@ __all__ = [
     "SEQUENCE",
     "TASKS",
     "TOKEN",
+    "Merged",
     "Method",
     "accelerate",
+    "add_new_tokens",
     "attach",
     "find",
+    "get_peft_model",
+    "make_rows",
+    "merge_to_16bit",
     "method_of",
+    "named",
     "names",
+    "train_new_rows",
 ]
 
+# Kinds of adapters that train and save whole modules beside their own layers.
+_SAVES_MODULES = ("BITFIT", "BOTTLENECK", "HEAD", "IA3", "LORA")
 METHODS: Registry[Method] = Registry("finegraft.adapters", "METHOD", "method")
 
 
@@ -61,20 +74,43 @@ def find(name: str) -> tuple[Method, dict[str, Any]]:
 
 
 def attach(
-    model: nn.Module, name: str = "lora", *, task_type: str = CAUSAL, **settings: Any
+    model: nn.Module, name: str = "lora", *, task_type: str | None = None, **settings: Any
 ) -> nn.Module:
     """Return ``model`` with a new adapter of the method ``name``; only the adapter trains.
 
     Args:
         name: One of ``names()``.
-        task_type: ``CAUSAL_LM``, ``SEQ_CLS`` or ``TOKEN_CLS``.
+        task_type: ``CAUSAL_LM``, ``SEQ_CLS`` or ``TOKEN_CLS``; None: what the model's class is for.
         settings: The method's own; they win over those of a variant.
 
     Raises:
         AdapterError: FG-ADAPT-010 unknown name, FG-ADAPT-011 not for this task, FG-ADAPT-012 not
-            on a quantized base; and those of the method.
+            on a quantized base, FG-ADAPT-042 a model without a task, FG-ADAPT-045 a model that
+            carries an adapter; and those of the method.
+        ArgumentError: FG-ARG-001, a setting that the method does not have.
     """
     method, preset = find(name)
+    task_type = _configs.task_named(task_type) or _configs.task_of(model)
+    check(model, name, task_type)
+    check_bare(model)
+    parameters = inspect.signature(method.attach).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        translate(f"method '{name}'", settings, set(parameters) - {"model"}, {})
+    new = new_modules(model) if task_type != CAUSAL and method.peft_type in _SAVES_MODULES else []
+    if new:  # a pooler that the checkpoint lacks would be another one after every loading
+        settings["modules_to_save"] = [*(settings.get("modules_to_save") or ()), *new]
+    wrapped = method.attach(model, task_type=task_type, **{**preset, **settings})
+    train_new_rows(wrapped, settings.get("adapter_name"))
+    return wrapped
+
+
+def check(model: nn.Module, name: str, task_type: str) -> None:
+    """Prove that the method ``name`` can be used on ``model`` for this task.
+
+    Raises:
+        AdapterError: FG-ADAPT-010 to FG-ADAPT-012, as for ``attach``.
+    """
+    method, _ = find(name)
     if task_type not in method.tasks:
         raise AdapterError(
             "FG-ADAPT-011",
@@ -89,7 +125,22 @@ def attach(
             allowed="a 16-bit or 32-bit base",
             fix="load with load_in_4bit=False and load_in_8bit=False, or method='lora'",
         )
-    return method.attach(model, task_type=task_type, **{**preset, **settings})
+
+
+def check_bare(model: nn.Module) -> None:
+    """Prove that ``model`` carries no adapter.
+
+    Raises:
+        AdapterError: FG-ADAPT-045.
+    """
+    if hasattr(model, "get_base_model"):
+        carried = getattr(model, "peft_config", None) or {}
+        raise AdapterError(
+            "FG-ADAPT-045",
+            f"the model carries an adapter already: {', '.join(carried)}",
+            allowed="a model without one",
+            fix="adapters.named.add(model, name, ...) adds another; or load the base anew",
+        )
 
 
 def accelerate(model: nn.Module) -> int:
@@ -102,6 +153,19 @@ def method_of(model: nn.Module) -> Method | None:
     configs = getattr(model, "peft_config", None) or {}
     active = getattr(model, "active_adapter", None)
     active = active[0] if isinstance(active, list) else active
-    config = configs.get(active)
-    kind = str(getattr(config, "peft_type", "") or "").removeprefix("PeftType.")
-    return next((m for _, m in METHODS.items() if m.peft_type and m.peft_type == kind), None)
+    name = name_of(configs.get(active))
+    return None if name is None else METHODS.get(name)
+
+
+def name_of(config: Any) -> str | None:
+    """The name of the method that a peft configuration belongs to; None where none here does."""
+    kind = getattr(config, "peft_type", None)
+    kind = str(getattr(kind, "value", kind) or "").removeprefix("PeftType.")
+    return next((n for n, m in METHODS.items() if m.peft_type and m.peft_type == kind), None)
+
+
+# Below, because both of them use what stands above.
+from finegraft.adapters import _configs  # noqa: E402
+from finegraft.adapters import _named as named  # noqa: E402
+from finegraft.adapters._configs import get_peft_model  # noqa: E402
+from finegraft.adapters._merge import Merged, merge_to_16bit  # noqa: E402

@@ -32,6 +32,7 @@ class Method:
         not_mergeable: Why the adapter cannot be merged into the base, or None when it can.
         not_quantized: Why it cannot train on a 4-bit or 8-bit base, or None when it can.
         not_packed: Why rows cannot be packed or flattened (padding-free), or None when they can.
+        not_recomputed: Why layers cannot be recomputed in backward, or None when they can.
         not_identity: Why a fresh adapter changes the model's output, or None when it does not.
         in_peft: Whether plain peft opens the saved folder; if not, after importing
             ``finegraft.peft_plugin``.
@@ -47,6 +48,7 @@ class Method:
     not_mergeable: str | None = None
     not_quantized: str | None = None
     not_packed: str | None = None
+    not_recomputed: str | None = None
     not_identity: str | None = None
     in_peft: bool = True
     keys: tuple[str, ...] = ()

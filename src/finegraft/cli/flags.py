@@ -57,6 +57,8 @@ def _parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
         accepted, metavar = kind, "CHOICE"
     elif get_origin(kind) is dict:
         accepted, metavar = list[str], "WANTED=FOUND" if name == "map" else "NAME=VALUE"
+    elif get_origin(kind) is list:  # what may hold commas is given once for each
+        accepted, metavar = list[str], "TEXT"
     else:  # a list or one name
         metavar = "NAME,NAME"
     option = typer.Option(
@@ -127,9 +129,10 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
         values["map"] = _mapping(values["map"])
     if "method_settings" in values:
         values["method_settings"] = dict(map(parse_assignment, values["method_settings"]))
-    modules = values.get("target_modules")
-    if modules is not None and _NAMES.fullmatch(modules):
-        values["target_modules"] = [name.strip() for name in modules.split(",") if name.strip()]
+    for key in ("target_modules", "modules_to_save"):
+        modules = values.get(key)
+        if modules is not None and _NAMES.fullmatch(modules):
+            values[key] = [name.strip() for name in modules.split(",") if name.strip()]
     return values
 
 

@@ -98,10 +98,13 @@ def lasting(event: Event) -> list[tuple[str, str]]:
 
 
 def _data(event: Event) -> list[tuple[str, str]]:
-    words = (
-        f"{event['rows']:,} rows ({event.get('format', '?')}), {event['tokens']:,} tokens, "
-        f"{event['trained_tokens']:,} of them learnt"
-    )
+    words = f"{event['rows']:,} rows ({event.get('format', '?')}), {event['tokens']:,} tokens"
+    if "trained_tokens" in event:
+        words += f", {event['trained_tokens']:,} of them learnt"
+    if event.get("held_out"):
+        words += f"; {event['held_out']:,} more are held out"
+    if event.get("labels"):
+        words += "; labels: " + ", ".join(f"{n} {c:,}" for n, c in event["labels"].items())
     for key in ("truncated", "dropped"):
         if event.get(key):
             words += f", {event[key]:,} {key}"
@@ -117,10 +120,18 @@ def _start(event: Event) -> list[tuple[str, str]]:
     return [(words, "")]
 
 
+def _evaluation(event: Event) -> str:
+    words = f"step {event['step']}: held-out loss {event['loss']:.4f}"
+    for name, value in event.get("metrics", {}).items():
+        if isinstance(value, int | float):
+            words += f", {name.replace('_', ' ')} {value:.3f}"
+    return words
+
+
 _LASTING = {
     "data": _data,
     "start": _start,
-    "eval": lambda e: [(f"step {e['step']}: held-out loss {e['loss']:.4f}", "cyan")],
+    "eval": lambda e: [(_evaluation(e), "cyan")],
     "notice": lambda e: [(e["message"], "yellow")],
     "interrupted": lambda e: [(f"stopping after step {e['step']}, saved to {e['path']}", "yellow")],
 }

@@ -29,6 +29,7 @@ from finegraft.cli.output import (
     quiet_libraries,
 )
 from finegraft.cli.progress import Picture, clock, progress
+from finegraft.cli.tables import measures
 from finegraft.core.errors import ConfigError, StorageError, did_you_mean
 from finegraft.core.process import keep_freed_memory
 from finegraft.core.schema import TrainConfig, build, from_file
@@ -92,6 +93,7 @@ def summary(result: Any) -> dict[str, Any]:
         "seconds": result.seconds,
         "tokens": result.tokens,
         "interrupted": result.interrupted,
+        **({"metrics": metrics} if (metrics := getattr(result, "metrics", None)) else {}),
     }
 
 
@@ -113,9 +115,14 @@ def _show(result: Any, to: Console) -> None:
         losses.append(f"held-out loss {result.eval_loss:.4f}")
     done = [f"{result.steps} steps in {clock(result.seconds)}", f"{result.tokens:,} tokens"]
     line(", ".join([*done, *losses]), "green")
+    if metrics := getattr(result, "metrics", None):
+        to.print(measures(metrics))
     line(f"Saved in {result.run}" + (f", adapter in {result.adapter}" if result.adapter else ""))
     line("\nNext:")
     run = shlex.quote(str(result.run))
+    if getattr(result, "task", "causal") == "classification":
+        line(f'  finegraft predict {run} "your text"', "bold")
+        return
     line(f"  finegraft chat {run}", "bold")
     line(f'  finegraft generate {run} "your question"', "bold")
 
@@ -207,7 +214,7 @@ def _finished(folder: Path, settings: TrainConfig) -> Any:
     held_out = [e["loss"] for e in events if e["type"] == "eval"]
     return SimpleNamespace(
         run=folder,
-        adapter=None if settings.full_finetuning else saved,
+        adapter=None if settings.trains_all else saved,
         steps=end["step"],
         total_steps=end["step"],
         loss=end["loss"],
@@ -215,6 +222,8 @@ def _finished(folder: Path, settings: TrainConfig) -> Any:
         seconds=end["seconds"],
         tokens=end["tokens"],
         interrupted=False,
+        task=settings.task,
+        metrics=end.get("metrics"),
     )
 
 

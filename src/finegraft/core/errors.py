@@ -79,6 +79,10 @@ class AdapterError(FinegraftError, ValueError):
     """An adapter that cannot be made, read or attached."""
 
 
+class ExportError(FinegraftError, ValueError):
+    """A model or adapter that cannot be written in the format asked for."""
+
+
 class StorageError(FinegraftError, OSError):
     """A folder or disk that cannot take what must be written."""
 

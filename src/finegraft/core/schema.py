@@ -14,12 +14,30 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from finegraft.core.errors import ConfigError, did_you_mean
 
 
-def _field(default: Any, help: str, group: str, **limits: Any) -> Any:
-    return Field(default, description=help, json_schema_extra={"group": group}, **limits)
+def _field(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    task: str | None = None,
+    classification: Any = None,
+    **limits: Any,
+) -> Any:
+    """One key.
+
+    Args:
+        task: Tasks that have it: those whose names end so. None: all.
+        classification: Its default there, where that is another one.
+    """
+    extra = {"group": group, "task": task, "classification": classification}
+    if classification is not None:
+        help += f"; default for classification: {classification}"
+    return Field(default, description=help, json_schema_extra=extra, **limits)
 
 
 class TrainConfig(BaseModel):
@@ -35,18 +53,36 @@ class TrainConfig(BaseModel):
     )
     load_in_4bit: bool = _field(False, "quantize the base to NF4 while loading (QLoRA)", "model")
     load_in_8bit: bool = _field(False, "quantize the base to 8 bits while loading", "model")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _field(
+        "nf4", "the 16 values that 4 bits stand for", "model"
+    )
+    bnb_4bit_use_double_quant: bool = _field(
+        True, "quantize the scales of 4-bit weights as well", "model"
+    )
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field(
+        "auto", "precision of the products of 4-bit weights; auto: that of dtype", "model"
+    )
     trust_remote_code: bool = _field(False, "run Python code that comes with the model", "model")
-    chat_template: str | None = _field(None, "template to use instead of the model's", "model")
+    new_tokens: list[str] = _field(
+        [], "tokens to add to the vocabulary; only their rows train", "model", task="causal"
+    )
+    chat_template: str | None = _field(
+        None, "template to use instead of the model's", "model", task="causal"
+    )
 
     data: str = _field(..., "file of rows: jsonl, json, csv, tsv, parquet or txt", "data")
     eval_data: str | None = _field(None, "file of held-out rows", "data")
-    eval_fraction: float = _field(0.0, "share of rows held out for evaluation", "data", ge=0, lt=1)
+    eval_fraction: float = _field(
+        0.0, "share of rows held out for evaluation", "data", classification=0.2, ge=0, lt=1
+    )
     map: dict[str, str] = _field({}, "columns to rename, wanted=found", "data")
     max_length: int = _field(1024, "longest row; longer ones are cut and counted", "data", ge=8)
     completion_only_loss: bool | None = _field(
-        None, "learn the answers only; unset: yes where there is an answer", "data"
+        None, "learn the answers only; unset: yes where there is an answer", "data", task="causal"
     )
-    packing: bool = _field(False, "several rows per sequence, never attending across", "data")
+    packing: bool = _field(
+        False, "several rows per sequence, never attending across", "data", task="causal"
+    )
     share_prefix: bool = _field(
         True, "compute what all rows of a batch begin with once; same gradients", "data"
     )
@@ -61,22 +97,80 @@ class TrainConfig(BaseModel):
     )
     bias: Literal["none", "all", "lora_only"] = _field("none", "biases to train", "adapter")
     use_rslora: bool = _field(False, "scale by alpha / sqrt(r)", "adapter")
+    use_dora: bool = _field(False, "learn the size of each weight's rows apart (DoRA)", "adapter")
+    init_lora_weights: str | None = _field(
+        None, "start of the LoRA: pissa, olora, eva, loftq, gaussian, ...; unset: zero", "adapter"
+    )
+    modules_to_save: list[str] | str = _field(
+        [], "modules to train and save whole, lm_head say", "adapter"
+    )
     full_finetuning: bool = _field(False, "train every weight, no adapter", "adapter")
 
     num_train_epochs: float = _field(3.0, "passes over the rows", "training", gt=0)
     max_steps: int = _field(-1, "steps to stop after; -1: by epochs", "training", ge=-1)
-    per_device_train_batch_size: int = _field(8, "rows a micro-batch", "training", ge=1)
-    per_device_eval_batch_size: int = _field(8, "rows an evaluation batch", "training", ge=1)
+    per_device_train_batch_size: int = _field(
+        8, "rows a micro-batch", "training", classification=16, ge=1
+    )
+    per_device_eval_batch_size: int = _field(
+        8, "rows an evaluation batch", "training", classification=64, ge=1
+    )
     gradient_accumulation_steps: int = _field(1, "micro-batches a step", "training", ge=1)
     auto_find_batch_size: bool = _field(False, "halve the batch when memory ends", "training")
-    learning_rate: float = _field(2e-4, "peak learning rate", "training", gt=0)
+    learning_rate: float = _field(2e-4, "peak learning rate", "training", classification=1e-3, gt=0)
     lr_scheduler_type: str = _field("linear", "learning rate schedule", "training")
     warmup_steps: int = _field(5, "steps to the peak learning rate", "training", ge=0)
     weight_decay: float = _field(0.0, "decoupled weight decay", "training", ge=0)
     max_grad_norm: float = _field(1.0, "gradients are clipped to this norm", "training", ge=0)
+    loraplus_lr_ratio: float | None = _field(
+        None, "LoRA+: learning rate of every B, as a multiple of A's; 16 say", "training", gt=0
+    )
     optim: str = _field("adamw_torch_fused", "optimizer, the trainer's names", "training")
     gradient_checkpointing: bool = _field(False, "recompute to save memory", "training")
     seed: int = _field(3407, "seed of adapter, order and dropout", "training")
+
+    text_column: str | None = _field(
+        None, "column of the text; unset: found by name", "classification", task="classification"
+    )
+    text_pair_column: str | None = _field(
+        None, "column of a second text, for pairs", "classification", task="classification"
+    )
+    label_column: str | None = _field(
+        None, "column of the label; unset: found by name", "classification", task="classification"
+    )
+    class_names: str | None = _field(
+        None,
+        "names of the labels 0, 1, ..., separated by commas; unset: as in the rows",
+        "classification",
+        task="classification",
+    )
+    problem_type: (
+        Literal["single_label_classification", "multi_label_classification", "regression"] | None
+    ) = _field(None, "unset: found from the labels", "classification", task="classification")
+    class_weights: Literal["none", "balanced"] = _field(
+        "none",
+        "balanced: rare classes weigh as much as frequent ones",
+        "classification",
+        task="classification",
+    )
+    truncation_side: Literal["left", "right"] = _field(
+        "right",
+        "which end of a text that is too long is cut",
+        "classification",
+        task="classification",
+    )
+    metric_for_best_model: str | None = _field(
+        None,
+        "what chooses the epoch that is kept; unset: macro_f1, micro_f1 or mse",
+        "classification",
+        task="classification",
+    )
+    early_stopping_patience: int = _field(
+        0,
+        "evaluations without a better one before training stops; 0: never",
+        "classification",
+        task="classification",
+        ge=0,
+    )
 
     output: str = _field("runs/run", "the run folder", "run")
     logging_steps: int = _field(1, "steps between two logged lines", "run", ge=1)
@@ -85,6 +179,11 @@ class TrainConfig(BaseModel):
     eval_steps: int = _field(0, "steps between evaluations; 0: each epoch", "run", ge=0)
     report_to: str = _field("none", "tensorboard, wandb, ... or none", "run")
     overwrite: bool = _field(False, "replace an existing run folder", "run")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight trains: ``method: full``, or its older name full_finetuning."""
+        return self.full_finetuning or self.method == "full"
 
     def to_yaml(self) -> str:
         """The complete, resolved configuration as YAML that ``from_file`` reads back."""
@@ -95,10 +194,33 @@ def groups() -> dict[str, list[str]]:
     """Field names by group, in order of the schema: for help texts and docs."""
     out: dict[str, list[str]] = {}
     for name, info in TrainConfig.model_fields.items():
-        extra = info.json_schema_extra
-        group = extra.get("group", "other") if isinstance(extra, dict) else "other"
-        out.setdefault(str(group), []).append(name)
+        out.setdefault(str(_extra(info)["group"]), []).append(name)
     return out
+
+
+def _extra(info: FieldInfo) -> dict[str, Any]:
+    """What ``_field`` kept beside a key."""
+    extra = info.json_schema_extra
+    assert isinstance(extra, dict)  # every key is made by ``_field``
+    return extra
+
+
+def default_of(name: str, task: str) -> Any:
+    """The default of a key in a task."""
+    info = TrainConfig.model_fields[name]
+    own = _extra(info)["classification"] if task.endswith("classification") else None
+    return info.default if own is None else own
+
+
+def foreign(config: TrainConfig) -> list[str]:
+    """Keys that are set and mean nothing in the configured task."""
+    return [
+        name
+        for name, info in TrainConfig.model_fields.items()
+        if (only := _extra(info)["task"]) is not None
+        and not config.task.endswith(only)
+        and getattr(config, name) != info.default
+    ]
 
 
 def build(values: dict[str, Any], source: str = "the arguments") -> TrainConfig:
@@ -107,8 +229,14 @@ def build(values: dict[str, Any], source: str = "the arguments") -> TrainConfig:
     Raises:
         ConfigError: FG-CONF-001 with every problem found in ``source``, one a line.
     """
+    task = str(values.get("task", ""))
+    defaults = {
+        name: default_of(name, task)
+        for name, info in TrainConfig.model_fields.items()
+        if not info.is_required()
+    }
     try:
-        config = TrainConfig.model_validate(values)
+        config = TrainConfig.model_validate({**defaults, **values})
     except ValidationError as error:
         known = list(TrainConfig.model_fields)
         problems = []
@@ -136,9 +264,25 @@ def _consistent(config: TrainConfig, source: str) -> TrainConfig:
     """Rules between keys.
 
     Raises:
-        ConfigError: FG-CONF-002 rank 0 without full fine-tuning, FG-CONF-003 two precisions.
+        ConfigError: FG-CONF-002 rank 0 without full fine-tuning, FG-CONF-003 two precisions,
+            FG-ADAPT-040 an adapter and full fine-tuning, FG-ADAPT-041 all of a quantized base.
     """
-    if config.r == 0 and not config.full_finetuning:
+    if config.full_finetuning and config.method not in ("full", "lora"):
+        raise ConfigError(
+            "FG-ADAPT-040",
+            f"{source}: full_finetuning and method '{config.method}' are both set",
+            allowed="one of the two",
+            fix="remove full_finetuning to train the method's adapter only",
+        )
+    if config.trains_all and (config.load_in_4bit or config.load_in_8bit):
+        raise ConfigError(
+            "FG-ADAPT-041",
+            f"{source}: every weight is to train, and the base is loaded quantized, whose weights "
+            "are whole numbers without a gradient",
+            allowed="a 16-bit or 32-bit base, or an adapter on a quantized one",
+            fix="load_in_4bit=False and load_in_8bit=False, or method: lora (QLoRA)",
+        )
+    if config.r == 0 and not config.trains_all:
         raise ConfigError(
             "FG-CONF-002",
             f"{source}: r is 0, which leaves nothing to train",

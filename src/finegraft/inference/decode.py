@@ -212,6 +212,9 @@ def _request(
         return "another process or model waits for each token"
     if model.training:
         return "the model is in training mode"
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    if prepare is not None and getattr(prepare, "__self__", None) is not model:
+        return "virtual tokens are put in front of the prompt"
     if ids.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return "not on a CPU, or under autocast"
     cache = kwargs.get("past_key_values")

@@ -30,7 +30,7 @@ class _Record:
     """What ``for_inference`` changed, in the order in which it is put back."""
 
     was_training: bool
-    training: list[nn.Module]
+    resting: list[nn.Module]  # in eval mode before; layers that come later are not among them
     checkpointed: list[nn.Module]
     use_cache: list[tuple[Any, bool]]
 
@@ -72,7 +72,7 @@ def for_inference(model: nn.Module) -> nn.Module:
     configs = _configs(model)
     _records[model] = _Record(
         was_training=model.training,
-        training=[m for m in modules if m.training],
+        resting=[m for m in modules if not m.training],
         checkpointed=[m for m in modules if getattr(m, "gradient_checkpointing", None) is True],
         use_cache=[(config, config.use_cache) for config in configs],
     )
@@ -107,7 +107,8 @@ def for_training(model: nn.Module) -> nn.Module:
         for config, value in record.use_cache:
             config.use_cache = value
         if record.was_training:
-            _start_training(record.training)
+            resting = set(map(id, record.resting))
+            _start_training([m for m in model.modules() if id(m) not in resting])
     if not model.training:
         model.train()
     return model

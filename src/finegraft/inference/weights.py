@@ -197,12 +197,22 @@ def _adapted(module: Any) -> str | None:
 
 
 def _chosen(module: Any) -> Any:
-    """The module that runs where peft trains a copy of it (``modules_to_save``)."""
+    """The module that runs where peft trains a copy of it (``modules_to_save``) or rows of it."""
+    if hasattr(module, "token_adapter"):
+        return module.token_adapter.base_layer
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return module
     active = [name for name in module.active_adapters if name in copies]
     return copies[active[0]] if active and not module.disable_adapters else module.original_module
+
+
+def _table(module: Any) -> torch.Tensor:
+    """The weight of an embedding or head, with the rows in it that peft trains beside it."""
+    adapter = getattr(module, "token_adapter", None)
+    if adapter is None or adapter.disable_adapters or adapter.merged:
+        return _chosen(module).weight.detach()
+    return adapter.get_merged_weights(adapter.active_adapters).detach()
 
 
 def _projections(layer: Any) -> tuple[Any, ...]:
@@ -259,6 +269,9 @@ def fingerprint(core: nn.Module) -> tuple[Any, ...]:
 @torch.no_grad()
 def _effective(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a linear layer with its active adapters in it."""
+    if hasattr(module, "token_adapter"):
+        bias = _chosen(module).bias
+        return _table(module), None if bias is None else bias.detach()
     module = _chosen(module)
     base = _base(module)
     weight, bias = base.weight.detach(), base.bias
@@ -332,7 +345,10 @@ def elements(core: Any, shape: Shape) -> int:
 
 def _shared_head(core: Any, shape: Shape) -> bool:
     """A plain head whose size needs no padding is read where it is."""
-    head = _chosen(core.get_output_embeddings())
+    head = core.get_output_embeddings()
+    if hasattr(head, "token_adapter"):
+        return False
+    head = _chosen(head)
     fits = shape.v % LANES == 0 and shape.d % LANES == 0
     return type(head) is nn.Linear and fits and head.weight.is_contiguous()
 
@@ -341,7 +357,7 @@ def _shared_head(core: Any, shape: Shape) -> bool:
 def merge(core: Any) -> Weights:
     """Copy the weights of a fit model; see ``unfit``."""
     shape = shape_of(core)
-    embedding = _chosen(core.get_input_embeddings()).weight.detach().contiguous()
+    embedding = _table(core.get_input_embeddings()).contiguous()
     buffer = _Buffer(elements(core, shape), embedding.dtype)
     layers = tuple(_merge_layer(layer, shape, buffer) for layer in core.model.layers)
     head, bias = _effective(core.get_output_embeddings())

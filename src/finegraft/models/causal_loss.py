@@ -95,13 +95,35 @@ def _loss_of_rows(
     if num_items is None:
         num_items = float(targets.numel())
     softcap, scale = _logit_transform(model.config.get_text_config())
-    head = model.get_output_embeddings()
+    head = _active(model.get_output_embeddings())
     if type(head) is nn.Linear and head.bias is None and head.weight.dtype == rows.dtype:
         return linear_cross_entropy(rows, head.weight, targets, num_items, softcap, scale)
+    trained = _trained_rows(head, rows.dtype)
+    if trained is not None:
+        weight, ids, values = trained
+        return linear_cross_entropy(rows, weight, targets, num_items, softcap, scale, ids, values)
     logits = head(rows).float() * scale  # an adapted, trained or quantized head
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, reduction="sum") / num_items
+
+
+def _active(head: Any) -> Any:
+    """The copy that an adapter trains whole (``modules_to_save``), else the head as it is."""
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None or head.disable_adapters:
+        return head
+    names = [name for name in head.active_adapters if name in copies]
+    return copies[names[0]] if len(names) == 1 else head
+
+
+def _trained_rows(head: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...] | None:
+    """Weight [v, d], ids [k] and rows [k, d] of a head that trains some rows; None for others."""
+    adapter = getattr(head, "token_adapter", None)
+    found = adapter.trained_rows() if hasattr(adapter, "trained_rows") else None
+    if found is None or adapter.base_layer.weight.dtype != dtype:
+        return None
+    return (adapter.base_layer.weight, *found)
 
 
 def _logit_transform(config: Any) -> tuple[float | None, float]:

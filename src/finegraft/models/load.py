@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finegraft.core.errors import ConfigError, ModelError, near
 from finegraft.core.hardware import default_dtype, facts
-from finegraft.models import quantize, rope, weights
+from finegraft.models import _stream, quantize, rope, weights
 
 if TYPE_CHECKING:
     import torch
@@ -190,6 +190,9 @@ def load_model(
     quantization_config: Any = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    bnb_4bit_quant_type: str = "nf4",
+    bnb_4bit_use_double_quant: bool = True,
+    bnb_4bit_compute_dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     rope_scaling: dict[str, Any] | None = None,
     max_seq_length: int | None = None,
@@ -203,9 +206,13 @@ def load_model(
         path: The model folder, ``Located.path`` of kind ``directory``.
         task: ``causal`` or ``sequence-classification``; the latter may get a new head.
         dtype: Of the weights; unset, the fastest on this machine.
-        quantization_config: Passed on as it is, instead of the two flags.
-        load_in_4bit: NF4 with double quantisation.
+        quantization_config: Passed on as it is, instead of the flags and settings below.
+        load_in_4bit: 4 bits a value in blocks of 64, quantised one tensor at a time. A folder whose
+            weights are quantised already is loaded as it is, whatever the flags say.
         load_in_8bit: LLM.int8.
+        bnb_4bit_quant_type: ``nf4`` or ``fp4``.
+        bnb_4bit_use_double_quant: Quantise the scales of the blocks as well.
+        bnb_4bit_compute_dtype: Of the products; unset, the dtype of the weights.
         device_map: As in transformers; unset, the first CUDA device or the CPU.
         rope_scaling: ``{"rope_type": "linear" | "dynamic" | "yarn", "factor": ...}``.
         max_seq_length: In tokens; longer than the model knows gives one logged warning.
@@ -220,7 +227,7 @@ def load_model(
         ModelError: FG-MODEL-005 weights missing or damaged, FG-MODEL-007 a pickle with code,
             FG-MODEL-008 configuration, FG-MODEL-009 needs ``trust_remote_code``.
         ConfigError: FG-CONF-003 both quantisation flags, FG-MODEL-010 dtype, FG-MODEL-011 rope,
-            FG-MODEL-013 task.
+            FG-MODEL-013 task, FG-MODEL-015 kind of 4 bits.
     """
     path = Path(path)
     if task not in _CLASSES:
@@ -233,7 +240,14 @@ def load_model(
     loaded_dtype = resolve_dtype(dtype, device)
     stored_quantized = getattr(config, "quantization_config", None) is not None
     if quantization_config is None and not stored_quantized:
-        quantization_config = quantize.config_for(load_in_4bit, load_in_8bit, loaded_dtype)
+        computed = bnb_4bit_compute_dtype
+        quantization_config = quantize.config_for(
+            load_in_4bit,
+            load_in_8bit,
+            resolve_dtype(computed, device) if computed not in (None, "auto") else loaded_dtype,
+            bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant,
+        )
     if quantization_config is not None:
         model_kwargs["quantization_config"] = quantization_config
     if quantization_config is not None or stored_quantized or device != "cpu":
@@ -243,7 +257,18 @@ def load_model(
     model = _build(path, config, task, loaded_dtype, trust_remote_code, model_kwargs)
     if getattr(model, "is_quantized", False):
         quantize.protect(model)
+    _share_frequencies(model)
     return model.eval()
+
+
+def _share_frequencies(model: PreTrainedModel) -> None:
+    """Hold the rotary frequencies once: transformers 5 keeps a second copy for scaled positions.
+
+    ``get_memory_footprint`` then gives the figures that are known from transformers 4.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "default" and hasattr(module, "original_inv_freq"):
+            module.original_inv_freq = module.inv_freq
 
 
 def _build(
@@ -261,9 +286,16 @@ def _build(
     for key in ("num_labels", "id2label", "label2id", "problem_type"):
         if classify and kwargs.get(key) is not None:
             setattr(config, key, kwargs.pop(key))
+    source: Path | None = path
+    kind = getattr(transformers, _CLASSES[task])
+    if kwargs.get("quantization_config") is not None:
+        streamed = _stream.instead_of(path, config, kind)
+        if streamed is not None:
+            source, (kind, more) = None, streamed
+            kwargs = {**kwargs, **more}
     try:
-        model, report = getattr(transformers, _CLASSES[task]).from_pretrained(
-            path,
+        model, report = kind.from_pretrained(
+            source,
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -288,6 +320,7 @@ def _build(
             raise
         raise weights.damaged(path, f"its weights do not fit config.json ({error})") from error
     _require_complete(path, model, report, classify)
+    model.config.name_or_path = model.name_or_path = str(path)
     return model
 
 
@@ -317,6 +350,7 @@ def _require_complete(
             fix="fetch or save the model again"
             + ("" if classify else "; encoders load with task='sequence-classification'"),
         )
+    model.new_weights = tuple(absent)
     if absent:
         log.info("new, to be trained: %s", ", ".join(absent))
     if report["unexpected_keys"]:

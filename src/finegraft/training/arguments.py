@@ -16,6 +16,7 @@ import trl
 
 from finegraft.core.arguments import Drop, Rename, translate
 from finegraft.core.hardware import facts
+from finegraft.training.optimizer import check_ratio
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +88,22 @@ def _for_this_machine(where: str, values: dict[str, Any], known: set[str]) -> di
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' ``TrainingArguments``; see the module for what is different.
 
+    Args:
+        loraplus_lr_ratio: Learning rate of every LoRA B, as a multiple of A's (LoRA+).
+
     Raises:
         ArgumentError: FG-ARG-001 for a name that no version has.
+        ConfigError: FG-ADAPT-061, a ratio that is not above 0.
     """
 
-    def __init__(self, output_dir: str | None = None, **values: Any):
+    def __init__(
+        self,
+        output_dir: str | None = None,
+        *,
+        loraplus_lr_ratio: float | None = None,
+        **values: Any,
+    ):
+        self.loraplus_lr_ratio = check_ratio(loraplus_lr_ratio)
         where = type(self).__name__
         known = _names(transformers.TrainingArguments)
         values = _for_this_machine(where, translate(where, values, known, LEGACY), known)
@@ -103,13 +115,23 @@ class SFTConfig(trl.SFTConfig):
 
     Args:
         share_prefix: Compute what all rows of a batch begin with (a system prompt, say) once.
+        loraplus_lr_ratio: Learning rate of every LoRA B, as a multiple of A's (LoRA+).
 
     Raises:
         ArgumentError: FG-ARG-001 for a name that no version has.
+        ConfigError: FG-ADAPT-061, a ratio that is not above 0.
     """
 
-    def __init__(self, output_dir: str | None = None, *, share_prefix: bool = True, **values: Any):
+    def __init__(
+        self,
+        output_dir: str | None = None,
+        *,
+        share_prefix: bool = True,
+        loraplus_lr_ratio: float | None = None,
+        **values: Any,
+    ):
         self.share_prefix = share_prefix
+        self.loraplus_lr_ratio = check_ratio(loraplus_lr_ratio)
         where = type(self).__name__
         known = _names(trl.SFTConfig)
         values = _for_this_machine(where, translate(where, values, known, LEGACY), known)
@@ -126,4 +148,5 @@ class SFTConfig(trl.SFTConfig):
         names = {field.name for field in dataclasses.fields(args) if field.init}
         values = {name: getattr(args, name) for name in names & _names(trl.SFTConfig)}
         values["share_prefix"] = getattr(args, "share_prefix", True)
+        values["loraplus_lr_ratio"] = getattr(args, "loraplus_lr_ratio", None)
         return cls(**{**values, **more})

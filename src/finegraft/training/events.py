@@ -158,7 +158,9 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """One ``eval`` event per evaluation."""
         if metrics and "eval_loss" in metrics:
-            self.log.emit("eval", step=state.global_step, loss=metrics["eval_loss"])
+            measured = getattr(self.trainer, "measured", None)
+            more = {"metrics": measured} if measured else {}
+            self.log.emit("eval", step=state.global_step, loss=metrics["eval_loss"], **more)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One ``save`` event per checkpoint."""

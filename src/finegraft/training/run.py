@@ -25,7 +25,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from finegraft.core.errors import ConfigError, DataError
 from finegraft.core.paths import require_writable, whole_folder, write_whole
-from finegraft.core.schema import TrainConfig
+from finegraft.core.schema import TrainConfig, foreign
 from finegraft.training import checkpoint, plot
 from finegraft.training.events import EventLog, Listener, RunCallback
 from finegraft.training.tasks import TASKS
@@ -36,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came out. Losses are nats a token, ``tokens`` are real (non-pad) trained-on tokens."""
+    """What came out. Losses are nats a token, ``tokens`` are real (non-pad) trained-on tokens.
+
+    ``metrics`` are those of the saved model on the held-out rows, for tasks that have some.
+    """
 
     run: Path
     steps: int
@@ -49,6 +52,8 @@ class RunResult:
     adapter: Path | None
     model: Any
     tokenizer: Any
+    task: str = "causal"
+    metrics: dict[str, Any] | None = None
 
 
 def train(
@@ -64,6 +69,7 @@ def train(
     Raises:
         FinegraftError: of the part that found the problem; nothing half-written is left.
     """
+    _require_own_keys(config)
     run = Path(config.output)
     log = EventLog(listener)
     if resume:
@@ -85,6 +91,18 @@ def train(
             _fill(run, config, data)
         log.open(run / "events.jsonl")
     return _train(config, trainer, data.tokenizer, log, resume)
+
+
+def _require_own_keys(config: TrainConfig) -> None:
+    """Raises ConfigError FG-CLASS-001 for keys of another task, which would be ignored."""
+    keys = foreign(config)
+    if keys:
+        raise ConfigError(
+            "FG-CLASS-001",
+            f"{', '.join(keys)} with task '{config.task}', which would ignore it",
+            allowed="keys of this task, see `finegraft train --help`",
+            fix=f"remove {keys[0]}, or pass another --task",
+        )
 
 
 def _require_free(run: Path, overwrite: bool) -> None:
@@ -194,13 +212,14 @@ def _train(
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
         state = trainer.state
         interrupted = callback.stop and state.global_step < state.max_steps
-        adapter = None
+        adapter, metrics = None, None
         if interrupted:
             path = run / "checkpoints" / f"{checkpoint.PREFIX}{state.global_step}"
             log.emit("interrupted", step=state.global_step, path=str(path))
         else:
             log.emit("phase", name="saving")
             adapter = _save(config, trainer, run)
+            metrics = _measure(trainer, run)
         plot.loss_curve(run / "events.jsonl", run / "report" / "loss.png")
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -209,24 +228,41 @@ def _train(
         steps=state.global_step,
         total_steps=state.max_steps,
         loss=losses[-1] if losses else None,
-        eval_loss=held_out[-1] if held_out else None,
+        eval_loss=(metrics or {}).get("loss", held_out[-1] if held_out else None),
         seconds=round(time.monotonic() - started, 2),
         tokens=trainer.tokens_seen,
         interrupted=interrupted,
         adapter=adapter,
         model=trainer.model,
         tokenizer=tokenizer,
+        task=config.task,
+        metrics=metrics,
     )
     if not interrupted:
         log.emit(
-            "end", step=result.steps, loss=result.loss, seconds=result.seconds, tokens=result.tokens
+            "end",
+            step=result.steps,
+            loss=result.loss,
+            seconds=result.seconds,
+            tokens=result.tokens,
+            **({"metrics": metrics} if metrics else {}),
         )
     return result
 
 
+def _measure(trainer: Any, run: Path) -> dict[str, Any] | None:
+    """Measures of what was saved, kept in ``report/metrics.json``; None where a task has none."""
+    measured = trainer.measure() if hasattr(trainer, "measure") else None
+    if not measured:
+        return None
+    (run / "report").mkdir(exist_ok=True)
+    write_whole(run / "report" / "metrics.json", json.dumps(measured, indent=2) + "\n")
+    return measured
+
+
 def _save(config: TrainConfig, trainer: Any, run: Path) -> Path:
     """Write ``adapter/`` (or ``model/`` after full fine-tuning), complete or not at all."""
-    final = run / ("model" if config.full_finetuning else "adapter")
+    final = run / ("model" if config.trains_all else "adapter")
     with checkpoint.full_disk_named(final), whole_folder(final) as folder:
         trainer.save_model(str(folder))
     return final

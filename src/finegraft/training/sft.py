@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from finegraft import adapters, opening
 from finegraft.core.arguments import Drop, Rename, translate
+from finegraft.core.errors import AdapterError
 from finegraft.kernels.document_attention.layout import SHORT
 from finegraft.models import causal_loss, families, quantize, swap
 from finegraft.models.locate import locate
@@ -32,6 +33,8 @@ from finegraft.training import checkpoint, memory
 from finegraft.training.arguments import LEGACY, SFTConfig
 from finegraft.training.collate import IGNORED, Collator
 from finegraft.training.dataset import Rendering, encode, longest_rows
+from finegraft.training.optimizer import LoraPlus
+from finegraft.training.start import padded, start_from_data
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ _LEGACY = {
 }
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(LoraPlus, trl.SFTTrainer):
     """Supervised fine-tuning; the arguments are trl's, of any year.
 
     Args:
@@ -94,18 +97,21 @@ class SFTTrainer(trl.SFTTrainer):
         moved = {name: given.pop(name) for name in _MOVED if name in given}
         args = SFTConfig.from_arguments(args or SFTConfig("outputs"), **moved)
         model, processing_class = _loaded(model, processing_class)
+        self.method = adapters.method_of(model) or _method_for(peft_config)
+        _require_possible(args, self.method)
         quantize.protect(model)  # an eval forward of a stock 4-bit model would repack its weights
         self.rendering = _rendering(args, processing_class, formatting_func)
         self.fast_loss = causal_loss.apply(model)
         families.apply(model)
         collator = Collator(
             processing_class.pad_token_id or 0,
-            flat=families.is_padding_free(model),
+            flat=families.is_padding_free(model) and not _refusal(self.method, "not_packed"),
             share_prefix=args.share_prefix and _may_share(model, peft_config),
         )
+        self._pad_token = processing_class.pad_token_id or 0
         self.tokens_seen = 0
         self._evaluated = torch.zeros(2, dtype=torch.float64)
-        with _own_forward(model), _own_dtypes(model):
+        with _own_forward(model), _own_dtypes(model), _plain_head(model):
             super().__init__(
                 model=model,
                 args=_without_preparation(args, model),
@@ -117,11 +123,15 @@ class SFTTrainer(trl.SFTTrainer):
                 **given,
             )
         adapters.accelerate(self.model)
+        adapters.train_new_rows(self.model)
         logger.info("%s", swap.summary(self.model))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """trl's ``train``, after deciding which layers must be recomputed to fit the memory."""
-        if not self.args.gradient_checkpointing and not self.model.is_gradient_checkpointing:
+        rows = Collator(self._pad_token)
+        start_from_data(self.model, lambda: padded(self.train_dataset, rows))
+        chosen = self.args.gradient_checkpointing or self.model.is_gradient_checkpointing
+        if not chosen and not _refusal(self.method, "not_recomputed"):
             self._plan_memory()
         return super().train(*args, **kwargs)
 
@@ -250,6 +260,35 @@ def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _method_for(peft_config: Any) -> adapters.Method | None:
+    name = adapters.name_of(peft_config)
+    return None if name is None else adapters.METHODS.get(name)
+
+
+def _refusal(method: adapters.Method | None, what: str) -> str | None:
+    return getattr(method, what, None)
+
+
+def _require_possible(args: SFTConfig, method: adapters.Method | None) -> None:
+    """Raises AdapterError FG-ADAPT-030 for packing and FG-ADAPT-034 for checkpointing."""
+    reason = _refusal(method, "not_packed")
+    if reason and (args.packing or args.eval_packing):
+        raise AdapterError(
+            "FG-ADAPT-030",
+            f"packing=True with method '{adapters.name_of(method)}': {reason}",
+            allowed="packing=False with this method",
+            fix="packing=False, or method='lora', which packs",
+        )
+    reason = _refusal(method, "not_recomputed")
+    if reason and args.gradient_checkpointing:
+        raise AdapterError(
+            "FG-ADAPT-034",
+            f"gradient_checkpointing=True with method '{adapters.name_of(method)}': {reason}",
+            allowed="gradient_checkpointing=False with this method",
+            fix="gradient_checkpointing=False, or method='lora', which allows it",
+        )
+
+
 def _rendering(args: SFTConfig, tokenizer: Any, formatting_func: Any) -> Rendering:
     if args.packing and args.packing_strategy == "wrapped":
         logger.warning(
@@ -288,6 +327,24 @@ def _own_forward(model: Any) -> Iterator[None]:
         vars(core).pop("forward", None)
     else:
         core.forward = before
+
+
+@contextlib.contextmanager
+def _plain_head(model: Any) -> Iterator[None]:
+    """Show the layer under an adapted head: trl refuses the adapter, which its loss would miss.
+
+    Ours calls the head itself, adapter included.
+    """
+    core = swap.core(model)
+    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    if not hasattr(head, "base_layer"):
+        yield
+        return
+    core.get_output_embeddings = head.get_base_layer
+    try:
+        yield
+    finally:
+        del core.get_output_embeddings
 
 
 @contextlib.contextmanager

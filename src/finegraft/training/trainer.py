@@ -18,15 +18,17 @@ from torch import nn
 
 from finegraft import adapters
 from finegraft.core.arguments import Rename, translate
-from finegraft.models import families, swap
+from finegraft.models import families, quantize, swap
 from finegraft.training import heads
+from finegraft.training.optimizer import LoraPlus
+from finegraft.training.start import start_from_data
 
 logger = logging.getLogger(__name__)
 
 LEGACY = {"tokenizer": Rename("processing_class")}
 
 
-class Trainer(transformers.Trainer):
+class Trainer(LoraPlus, transformers.Trainer):
     """transformers' ``Trainer``; the arguments are its own, of any year.
 
     Args:
@@ -42,6 +44,11 @@ class Trainer(transformers.Trainer):
         super().__init__(*positional, **translate("Trainer", keywords, known, LEGACY))
         _accelerate(self.model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock method; an adapter that starts from data sees some of the rows first."""
+        start_from_data(self.model, lambda: self.get_eval_dataloader(self.train_dataset))
+        return super().train(*args, **kwargs)
+
     def call_model_init(self, trial: Any = None) -> Any:
         """The stock method; a model made anew for every trial is accelerated anew."""
         model = super().call_model_init(trial)
@@ -54,7 +61,10 @@ def _accelerate(model: nn.Module) -> None:
     core = swap.core(model)
     if not isinstance(core, transformers.PreTrainedModel):
         return
+    if getattr(core, "is_quantized", False):
+        quantize.protect(core)
     families.apply(model)
     adapters.accelerate(model)
+    adapters.train_new_rows(model)
     heads.keep_precise(model)
     logger.info("model: %s", swap.summary(model))

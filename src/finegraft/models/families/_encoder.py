@@ -101,7 +101,8 @@ class FlatEncoder:
             "position_ids": positions.expand(shape),
             "token_type_ids": kwargs.get("token_type_ids"),
         }
-        return {name: rows.flatten(x) for name, x in given.items() if x is not None}
+        flat = {name: rows.flatten(x) for name, x in given.items() if x is not None}
+        return {"input_ids": None, **flat}  # DistilBERT's embeddings want the name said
 
     def _positions(self: Any, ids: Any, embeds: Any) -> torch.Tensor:
         width = (ids if ids is not None else embeds).shape[1]

@@ -45,7 +45,9 @@ def adapted(config: TrainConfig, model: Any, task_type: str, *, has_adapter: boo
         has_adapter: The model was opened from an adapter folder, whose adapter goes on training.
     """
     set_seed(config.seed)
-    if config.full_finetuning or has_adapter:
+    if config.trains_all:
+        return adapters.attach(model, "full", task_type=task_type, **config.method_settings)
+    if has_adapter:
         return model
     return adapters.attach(model, config.method, task_type=task_type, **settings(config))
 
@@ -74,6 +76,27 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     return {**own, **config.method_settings}
 
 
+_PRECISION = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+
+
+def quantization(config: TrainConfig) -> dict[str, Any]:
+    """Arguments of ``opening.open_model`` that say how the base is quantised.
+
+    Raises:
+        ConfigError: FG-MODEL-016, settings of 4-bit weights without 4-bit weights.
+    """
+    given = {name: getattr(config, name) for name in _PRECISION}
+    changed = [n for n in _PRECISION if given[n] != TrainConfig.model_fields[n].default]
+    if changed and not config.load_in_4bit:
+        raise ConfigError(
+            "FG-MODEL-016",
+            f"{', '.join(changed)} without load_in_4bit, which would be ignored",
+            allowed="with load_in_4bit only",
+            fix=f"--load-in-4bit, or remove {changed[0]}",
+        )
+    return {"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit, **given}
+
+
 def shared_arguments(config: TrainConfig, kind: type[TrainingArguments]) -> dict[str, Any]:
     """Settings that the schema and the trainer's arguments both have, under their one name."""
     # The schema's keys carry the trainer's own names: the shared ones are handed over unchanged.
@@ -83,6 +106,7 @@ def shared_arguments(config: TrainConfig, kind: type[TrainingArguments]) -> dict
         "output_dir": str(Path(config.output) / "checkpoints"),
         "disable_tqdm": True,
         "save_strategy": "steps",
+        "loraplus_lr_ratio": config.loraplus_lr_ratio,
         **{name: getattr(config, name) for name in same},
     }
 

@@ -19,6 +19,7 @@ from finegraft.data import rows as layouts
 from finegraft.data.chat_templates import get_chat_template
 from finegraft.data.prepare import Prepared, prepare
 from finegraft.data.sources import fingerprint, read_rows
+from finegraft.models import tokens
 from finegraft.models.locate import Located, locate
 from finegraft.training.arguments import SFTConfig
 from finegraft.training.dataset import Rendering, columns
@@ -28,6 +29,7 @@ from finegraft.training.tasks._contract import (
     Task,
     adapted,
     evaluation_arguments,
+    quantization,
     shared_arguments,
 )
 
@@ -40,6 +42,7 @@ class _Data:
     held_out: Prepared | None
     record: dict[str, Any]
     tokenizer: Any
+    added: tokens.Added | None
 
 
 def check(config: TrainConfig, log: EventLog) -> _Data:
@@ -59,6 +62,9 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
     else:
         held = []
     tokenizer = _open_tokenizer(config)
+    added = None
+    if config.new_tokens:  # not special: answers are shown without special tokens
+        added = tokens.extend(tokenizer, config.new_tokens, special_tokens=False)
     settings = {"max_length": config.max_length, "completion_only": config.completion_only_loss}
     prepared = prepare(conversations, tokenizer, tools=tools, **settings)
     held_out = prepare(held, tokenizer, **settings) if held else None
@@ -71,7 +77,7 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
         "warnings": prepared.warnings,
     }
     log.emit("data", format=name, warnings=prepared.warnings, **asdict(prepared.counts))
-    return _Data(prepared, held_out, record, tokenizer)
+    return _Data(prepared, held_out, record, tokenizer, added)
 
 
 def _open_tokenizer(config: TrainConfig) -> Any:
@@ -95,9 +101,10 @@ def build(config: TrainConfig, data: _Data) -> SFTTrainer:
         trust_remote_code=config.trust_remote_code,
         tokenizer=data.tokenizer,
         dtype=config.dtype,
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
+        **quantization(config),
     )
+    if data.added:
+        adapters.make_rows(opened.model, data.tokenizer, data.added)
     model = adapted(
         config, opened.model, adapters.CAUSAL, has_adapter=opened.located.kind == "adapter"
     )
