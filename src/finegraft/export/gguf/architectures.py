@@ -244,11 +244,13 @@ def _llama3_factors(config: Any) -> Extra:
         return {}
     size = _head_size(config)
     steps = torch.arange(0, size, 2, dtype=torch.float32) / size
-    waves = 2 * math.pi * rope["rope_theta"] ** steps  # wavelengths in tokens
-    turns = rope["original_max_position_embeddings"] / waves
+    waves = 2 * math.pi / (1.0 / rope["rope_theta"] ** steps)  # wavelengths in tokens
+    first, factor = rope["original_max_position_embeddings"], rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return {"rope_freqs.weight": 1 / ((1 - smooth) / rope["factor"] + smooth)}
+    smooth = (first / waves - low) / (high - low)
+    factors = 1 / ((1 - smooth) / factor + smooth)
+    factors = factors.masked_fill(waves > first / low, factor)
+    return {"rope_freqs.weight": factors.masked_fill(waves < first / high, 1.0)}
 
 
 def _write_gemma(writer: GGUFWriter, config: Any, every: int, large: int) -> None:
@@ -307,12 +309,9 @@ def _write_phi3(writer: GGUFWriter, config: Any) -> None:
     writer.add_rope_scaling_orig_ctx_len(_first_context(config))
     writer.add_sliding_window(config.sliding_window or 0)  # 0 tells Phi-4 from Phi-3
     _warn_of_window(config)
-    rope = _rope(config)
+    rope, first = _rope(config), _first_context(config)
     if rope.get("long_factor"):
-        scale, first = (
-            config.max_position_embeddings / _first_context(config),
-            _first_context(config),
-        )
+        scale = config.max_position_embeddings / first
         factor = math.sqrt(1 + math.log(scale) / math.log(first)) if scale > 1 else 1.0
         writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or factor)
 
@@ -357,6 +356,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _write_bert,
         renamed={"pooler.dense": "cls", "classifier": "cls.output"},
         dropped=("cls.predictions", "cls.seq_relationship"),
+        untied=False,
     ),
 }
 
