@@ -39,6 +39,8 @@ class Method:
         keys: Keys of ``TrainConfig`` that ``attach`` takes; others come in ``method_settings``.
         tasks: Values of ``task_type`` that it can be attached for.
         variants: Short names for this method with some settings, ``dora`` say.
+        learning_rates: Where a comparison of methods starts, by task: peak learning rates for runs
+            of some hundred steps.
     """
 
     summary: str
@@ -54,3 +56,6 @@ class Method:
     keys: tuple[str, ...] = ()
     tasks: tuple[str, ...] = TASKS
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    learning_rates: Mapping[str, float] = field(
+        default_factory=lambda: {"causal": 1e-3, "classification": 1e-3}
+    )

@@ -203,4 +203,5 @@ METHOD = Method(
     attach=attach,
     peft_type=_plugin.OwnPeftType.BITFIT.value,
     in_peft=False,
+    learning_rates={"causal": 1e-2, "classification": 5e-3},
 )

@@ -115,4 +115,5 @@ METHOD = Method(
     attach=attach,
     peft_type=_plugin.OwnPeftType.HEAD.value,
     in_peft=False,
+    learning_rates={"causal": 2e-4, "classification": 5e-3},
 )

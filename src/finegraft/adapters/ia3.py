@@ -87,4 +87,5 @@ METHOD = Method(
     summary="factors on keys, values and the MLP: very few parameters, can be merged",
     attach=attach,
     peft_type="IA3",
+    learning_rates={"causal": 1e-2, "classification": 1e-2},
 )

@@ -69,4 +69,5 @@ METHOD = Method(
     not_recomputed=_virtual.NOT_RECOMPUTED,
     not_identity="a prefix takes a share of every layer's attention from the start",
     tasks=_virtual.TASKS,
+    learning_rates={"causal": 2e-2, "classification": 1e-2},
 )

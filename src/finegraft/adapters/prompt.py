@@ -86,4 +86,5 @@ METHOD = Method(
     not_packed=_virtual.NOT_PACKED,
     not_identity="the prompt is read like tokens from the start",
     tasks=_virtual.TASKS,
+    learning_rates={"causal": 3e-2, "classification": 3e-2},
 )

@@ -66,4 +66,5 @@ METHOD = Method(
     not_packed=_virtual.NOT_PACKED,
     not_identity="the virtual tokens are read from the start",
     tasks=_virtual.TASKS,
+    learning_rates={"causal": 1e-3, "classification": 1e-3},
 )

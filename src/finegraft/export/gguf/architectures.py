@@ -10,6 +10,7 @@ Phi-3, because they change nothing for texts shorter than the window.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -17,12 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, get_tensor_name_map
+from gguf import (
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGUFWriter,
+    RopeScalingType,
+    TensorNameMap,
+    get_tensor_name_map,
+)
 
 from finegraft.core.errors import ExportError
 
 logger = logging.getLogger(__name__)
 
+# Buffers that some checkpoints hold.
+_NO_WEIGHTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 # (name in the file, tensor, config) -> what is stored
 Change = Callable[[str, torch.Tensor, Any], torch.Tensor]
 Extra = dict[str, torch.Tensor]
@@ -55,6 +65,11 @@ class Architecture:
     dropped: tuple[str, ...] = ()
     untied: bool = True
 
+    @property
+    def name(self) -> str:
+        """What llama.cpp calls it."""
+        return str(MODEL_ARCH_NAMES[self.id])
+
 
 def refuse(found: str, fix: str = "merge and use it with transformers or vLLM") -> ExportError:
     """The error for a setting that GGUF has no place for."""
@@ -83,21 +98,22 @@ def place(architecture: Architecture, name: str, config: Any) -> str | None:
     for old, new in (architecture.renamed or {}).items():
         if bare.startswith(old):
             return new + bare.removeprefix(old)
-    names = get_tensor_name_map(architecture.id, config.num_hidden_layers)
+    names = _names(architecture.id, config.num_hidden_layers)
     for candidate in (bare, f"model.{bare}"):
         found = names.get_name(candidate, try_suffixes=(".weight", ".bias"))
         if found is not None:
             return found
     raise ExportError(
         "FG-EXPORT-009",
-        f"the tensor '{name}' has no place in a GGUF file of architecture "
-        f"'{architecture.id.name.lower()}'",
+        f"the tensor '{name}' has no place in a GGUF file of architecture '{architecture.name}'",
         allowed="the weights of a plain model of this family",
         fix="merge adapters first; export the language model of a model that also sees or hears",
     )
 
 
-_NO_WEIGHTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+@functools.cache
+def _names(id: MODEL_ARCH, layers: int) -> TensorNameMap:
+    return get_tensor_name_map(id, layers)
 
 
 def rotated(weight: torch.Tensor, heads: int) -> torch.Tensor:

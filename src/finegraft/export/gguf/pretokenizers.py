@@ -49,9 +49,7 @@ _RULES: tuple[tuple[str, tuple[str, ...], bool, bool], ...] = (
     ("tekken", (f"{_CASED}|{_CAPITALS}|\\p{{N}}|{_SLASH}",), False, True),
     (
         "gpt-4o",
-        (
-            f"{_CASED}{_APOSTROPHES}?|{_CAPITALS}{_APOSTROPHES}?|\\p{{N}}{{1,3}}|{_SLASH}",
-        ),
+        (f"{_CASED}{_APOSTROPHES}?|{_CAPITALS}{_APOSTROPHES}?|\\p{{N}}{{1,3}}|{_SLASH}",),
         False,
         False,
     ),
@@ -72,7 +70,7 @@ _RULES: tuple[tuple[str, tuple[str, ...], bool, bool], ...] = (
 PROBE = (
     "Hello hello HELLO heLLo, it's IT'S we'LL they'd o'clock 'tis x'T 1 22 333 4444 55555 1234567 "
     "v2.5b3 a1b22c333 ３４ ²³  two   three    \tfour \n five\n\n\nsix \r\n seven   \n\n  eight\t\t "
-    "nine... (ten) [eleven]/{twelve}//\n/ \"thirteen\" #fourteen_fifteen !?!\nsixteen ---\n\n_x "
+    'nine... (ten) [eleven]/{twelve}//\n/ "thirteen" #fourteen_fifteen !?!\nsixteen ---\n\n_x '
     "$100 50% a+b=c <tag/> file.txt http://x.org/y?z=1 camelCaseWord XMLHttp ÄÖÜß éclair e\u0301te "
     "नमस्ते สวัสดี 中文字符 日本語カナ 한국어 русский العربية 🙂👍🏽 👨‍👩‍👧 \u00a0nbsp\u3000wide ǅ  \n"
     " end   "

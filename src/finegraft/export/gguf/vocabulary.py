@@ -175,8 +175,8 @@ def _blank_in_front(backend: Any, whole: dict[str, Any]) -> bool:
     joined = "".join(parts)
     if joined not in (plain, _BLANK + plain):
         raise _refuse(f"it rewrites {text!r} to {joined!r}")
-    inside = any(_BLANK in token.lstrip(_BLANK) or token == _BLANK * 2 for token in whole["model"]["vocab"])
-    if len(parts) > 1 and inside:
+    vocab = whole["model"]["vocab"]
+    if len(parts) > 1 and any(_BLANK in token[1:] for token in vocab):
         raise _refuse("it splits at blanks and has tokens that span them")
     prefix = joined != plain
     scheme = (whole.get("pre_tokenizer") or {}).get("prepend_scheme")
