@@ -36,6 +36,7 @@ PARTS = {
     "DISK": "Folders and disks",
     "GEN": "Generating",
     "KERNEL": "Kernels",
+    "LADDER": "Comparing methods",
     "MODEL": "Models and tokenizers",
     "RUN": "Run folders",
     "SCORE": "Scoring",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -204,13 +205,45 @@ def add_saved(model: Any, name: str, folder: str | Path, *, trainable: bool = Fa
 def _check_base(model: nn.Module, folder: Path) -> None:
     problem = _shape_problem(model, folder / WEIGHTS) or _sample_problem(model, _note(folder))
     if problem:
-        made_for = _note(folder).get("base") or "its own base"
+        raise _other_base(folder, problem)
+
+
+def _other_base(folder: Path, problem: str) -> AdapterError:
+    made_for = _note(folder).get("base") or "its own base"
+    return AdapterError(
+        "FG-ADAPT-003",
+        f"the adapter in {folder} was made for another base model: {problem}",
+        allowed=f"the base it was trained on ({made_for})",
+        fix="load the adapter folder by itself, which finds its base, or train a new adapter",
+    )
+
+
+def check_embedding(table: torch.Tensor, folder: Path) -> None:
+    """Prove that the adapter in ``folder`` was made for a base with this input embedding.
+
+    Raises:
+        AdapterError: FG-ADAPT-003, another base.
+    """
+    layer = nn.Embedding.from_pretrained(table)
+    holder: Any = SimpleNamespace(get_input_embeddings=lambda: layer)
+    problem = _sample_problem(holder, _note(folder))
+    if problem:
+        raise _other_base(folder, problem)
+
+
+def open_with_peft(folder: Path, base: nn.Module) -> nn.Module:
+    """Attach a saved adapter with plain peft, as somebody without finegraft would.
+
+    Raises:
+        AdapterError: FG-ADAPT-006, peft cannot read it.
+    """
+    _plugin.register_for(folder)  # methods that peft lacks, see ``Method.in_peft``
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except (RuntimeError, KeyError, ValueError, OSError, SafetensorError) as error:
         raise AdapterError(
-            "FG-ADAPT-003",
-            f"the adapter in {folder} was made for another base model: {problem}",
-            allowed=f"the base it was trained on ({made_for})",
-            fix="load the adapter folder by itself, which finds its base, or train a new adapter",
-        )
+            "FG-ADAPT-006", f"the adapter in {folder} cannot be read: {error}", fix="train it again"
+        ) from error
 
 
 def _shape_problem(model: nn.Module, weights: Path) -> str | None:

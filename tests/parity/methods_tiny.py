@@ -188,10 +188,10 @@ class Run:
 
     def __init__(self, case: Case, base_path: Path, folder: Path):
         self.case, self.base_path, self.folder = case, base_path, folder
-        self.base_logits = logits(base(case, base_path))
+        bare = base(case, base_path)
+        self.base_logits, self.before = logits(bare), plain(bare)
         model = attached(case, base_path)
-        self.fresh_logits = logits(model)
-        self.before, self.start = plain(model), trained(model)
+        self.fresh_logits, self.start = logits(model), trained(model)
         self.trainer = trainer(case, model, folder / "run")
         self.trainer.train()
         self.model = self.trainer.model.eval()

@@ -17,7 +17,7 @@ from methods_tiny import IDS, MASK, Case
 
 from finegraft import FastClassifier, FastLanguageModel, adapters
 from finegraft.core.errors import AdapterError, FinegraftError
-from finegraft.models import swap
+from finegraft.models import quantize
 
 QUICK = (("llama", "causal"), ("bert", "classes"))
 MORE = (("llama", "classes"), ("gemma3_text", "causal"), ("qwen3", "classes"))
@@ -78,18 +78,17 @@ def test_only_the_adapter_and_a_new_head_train(run):
     moved = [name for name, value in now.items() if not torch.equal(value, run.start[name])]
     assert now.keys() == run.start.keys() and moved
     after = t.plain(run.model)
+    same = {name for name, value in run.before.items() if torch.equal(after[name], value)}
     if run.case.found.peft_type is None:
-        assert all(not torch.equal(run.before[n], after[n]) for n in ("model.norm.weight",) if n in after)
-        return
-    checked = [name for name in run.before if name in after]
-    originals = t.plain(t.base(run.case, run.base_path))
-    for name in originals:
-        assert torch.equal(after[name], originals[name]), name
-    assert checked
+        assert not same & now.keys()
+    else:
+        assert same == run.before.keys()
 
 
 def test_saved_and_opened_again_it_says_the_same_to_the_bit(run):
     again, _ = t.reopened(run.case, run.adapter)
+    # trainers leave it off; a model that fills a cache rounds at other places
+    again.config.use_cache = run.model.config.use_cache
     assert torch.equal(t.logits(again), t.logits(run.model))
     assert not torch.equal(t.logits(again), run.base_logits)
     if run.case.found.peft_type is not None:
@@ -121,20 +120,22 @@ def test_merged_it_says_the_same_or_refuses(run):
             with pytest.raises(FinegraftError, match=re.escape(reason)):
                 t.base(run.case, run.adapter).merge_and_unload()
         return
-    merged = adapters.merge_to_16bit(run.model, base="dequantized", dtype=torch.float32).model
-    torch.testing.assert_close(t.logits(merged), t.logits(run.model), **NEAR)
+    whole = adapters.merge_to_16bit(run.model, base="dequantized", dtype=torch.float32).model
+    torch.testing.assert_close(t.logits(whole), t.logits(run.model), **NEAR)
     again = t.base(run.case, run.adapter)
-    expected = t.logits(again)
     try:
         merged = again.merge_and_unload()
     except FinegraftError as error:
         assert run.case.bits == 4 and "merge_to_16bit" in str(error)
         return
-    if run.case.bits == 4:  # rounded to 4 bits once more
-        error = (t.logits(merged) - expected).norm() / expected.norm()
-        assert error < 0.2
-    else:
-        torch.testing.assert_close(t.logits(merged), expected, **NEAR)
+    if run.case.bits == 32:
+        torch.testing.assert_close(t.logits(merged), t.logits(run.model), **NEAR)
+        return
+    modules = dict(whole.named_modules())
+    for name, layer in quantize.quantized_layers(merged).items():  # rounded to 4 bits once more
+        expected = modules[name].weight
+        error = quantize.dense_weight(layer, torch.float32) - expected
+        assert error.norm() < 0.15 * expected.norm(), name
 
 
 def test_plain_peft_opens_it(run, plain_peft):

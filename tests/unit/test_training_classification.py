@@ -246,7 +246,7 @@ def test_without_held_out_rows_the_last_step_is_kept(place, bases):
 
 def test_defaults_are_of_the_task():
     config = build({"task": "classification", "model": "demo-encoder", "data": "x"})
-    assert (config.learning_rate, config.eval_fraction) == (1e-3, 0.2)
+    assert (config.learning_rate, config.eval_fraction) == (5e-4, 0.2)
     assert default_of("learning_rate", "causal") == 2e-4
     given = {"task": "classification", "model": "m", "data": "x", "eval_fraction": 0.5}
     assert build(given).eval_fraction == 0.5

@@ -32,6 +32,7 @@ __all__ = [
     "accelerate",
     "add_new_tokens",
     "attach",
+    "check_mergeable",
     "find",
     "get_peft_model",
     "make_rows",
@@ -169,3 +170,4 @@ from finegraft.adapters import _configs  # noqa: E402
 from finegraft.adapters import _named as named  # noqa: E402
 from finegraft.adapters._configs import get_peft_model  # noqa: E402
 from finegraft.adapters._merge import Merged, merge_to_16bit  # noqa: E402
+from finegraft.adapters._merge import _check as check_mergeable  # noqa: E402

@@ -116,7 +116,7 @@ class TrainConfig(BaseModel):
     )
     gradient_accumulation_steps: int = _field(1, "micro-batches a step", "training", ge=1)
     auto_find_batch_size: bool = _field(False, "halve the batch when memory ends", "training")
-    learning_rate: float = _field(2e-4, "peak learning rate", "training", classification=1e-3, gt=0)
+    learning_rate: float = _field(2e-4, "peak learning rate", "training", classification=5e-4, gt=0)
     lr_scheduler_type: str = _field("linear", "learning rate schedule", "training")
     warmup_steps: int = _field(5, "steps to the peak learning rate", "training", ge=0)
     weight_decay: float = _field(0.0, "decoupled weight decay", "training", ge=0)
@@ -334,6 +334,16 @@ def from_file(path: str | Path, overrides: dict[str, Any] | None = None) -> Trai
     Raises:
         ConfigError: FG-CONF-001 to FG-CONF-003; FG-CONF-005 when the file is missing or not YAML.
     """
+    source = f"{path} and the command line" if overrides else str(path)
+    return build({**read_file(path), **(overrides or {})}, source)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read the keys of a YAML file as they stand there.
+
+    Raises:
+        ConfigError: FG-CONF-005, the file is missing or not YAML.
+    """
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -353,5 +363,4 @@ def from_file(path: str | Path, overrides: dict[str, Any] | None = None) -> Trai
             f"{path} holds {type(values).__name__}, not keys with values",
             fix="write one 'key: value' a line, starting with model: and data:",
         )
-    source = f"{path} and the command line" if overrides else str(path)
-    return build({**values, **(overrides or {})}, source)
+    return values

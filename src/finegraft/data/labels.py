@@ -94,7 +94,7 @@ def text_columns(
         DataError: FG-CLASS-002, a name that the rows do not have; FG-CLASS-003, no column of texts.
     """
     for name, key in ((text, "text_column"), (pair, "text_pair_column")):
-        _require_column(name, key, found)
+        require_column(name, key, found)
     by_lower = {str(column).lower(): str(column) for column in found}
     if text is None and pair is None:
         for first, second in _PAIRS:
@@ -129,7 +129,7 @@ def columns(
         DataError: FG-CLASS-002, a name that the rows do not have; FG-CLASS-003, nothing to guess.
     """
     found = [str(column) for column in rows[0]]
-    _require_column(label, "label_column", found)
+    require_column(label, "label_column", found)
     if label is None:
         by_lower = {column.lower(): column for column in found if column not in (text, pair)}
         label = next((by_lower[name] for name in _LABELS if name in by_lower), None)
@@ -143,7 +143,12 @@ def columns(
     return Columns(first, label, second)
 
 
-def _require_column(name: str | None, key: str, found: Sequence[str]) -> None:
+def require_column(name: str | None, key: str, found: Sequence[str]) -> None:
+    """Prove that the rows have the column ``name``, which the setting ``key`` asks for; or None.
+
+    Raises:
+        DataError: FG-CLASS-002.
+    """
     if name is None or name in found:
         return
     flag = key.replace("_", "-")

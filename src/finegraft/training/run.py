@@ -69,7 +69,7 @@ def train(
     Raises:
         FinegraftError: of the part that found the problem; nothing half-written is left.
     """
-    _require_own_keys(config)
+    require_own_keys(config)
     run = Path(config.output)
     log = EventLog(listener)
     if resume:
@@ -93,7 +93,7 @@ def train(
     return _train(config, trainer, data.tokenizer, log, resume)
 
 
-def _require_own_keys(config: TrainConfig) -> None:
+def require_own_keys(config: TrainConfig) -> None:
     """Raises ConfigError FG-CLASS-001 for keys of another task, which would be ignored."""
     keys = foreign(config)
     if keys:

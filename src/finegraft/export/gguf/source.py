@@ -55,6 +55,8 @@ def open_source(source: Any) -> Source:
             neither a folder nor a pair.
         ModelError: FG-MODEL-005 or FG-MODEL-008, a folder that cannot be read.
     """
+    if isinstance(source, Source):
+        return source
     if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], nn.Module):
         return _from_model(*source)
     if isinstance(source, str | Path) and Path(source).is_dir():
