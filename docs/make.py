@@ -40,6 +40,7 @@ PARTS = {
     "MODEL": "Models and tokenizers",
     "RUN": "Run folders",
     "SCORE": "Scoring",
+    "SERVE": "Serving",
     "TOKEN": "New tokens",
 }
 

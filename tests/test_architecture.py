@@ -43,6 +43,8 @@ CONFINED = {
     "fastapi": ("serving/", "ui/"),
     "uvicorn": ("serving/", "ui/"),
     "starlette": ("serving/", "ui/"),
+    "h11": ("serving/",),
+    "xllamacpp": ("serving/", "export/"),
     "typer": ("cli/",),
     "rich": ("cli/", "ui/"),
 }

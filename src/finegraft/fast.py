@@ -20,6 +20,7 @@ from finegraft import adapters, opening
 from finegraft.adapters import lora
 from finegraft.core.arguments import Drop, translate
 from finegraft.core.hardware import facts
+from finegraft.export._save import bind
 from finegraft.inference import modes
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class FastLanguageModel:
         elif opened.located.kind != "adapter":
             opened.model.requires_grad_(False)
         _checkpointing(opened.model, use_gradient_checkpointing)
-        return opened.model, opened.tokenizer
+        return bind(opened.model), opened.tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -222,7 +223,7 @@ class FastLanguageModel:
             )
             model = adapters.attach(model, method, **own, **extra)
         _checkpointing(model, use_gradient_checkpointing)
-        return model
+        return bind(model)
 
     @staticmethod
     def for_inference(model: Any) -> Any:

@@ -95,7 +95,9 @@ def model(name: str, **changes: Any) -> Any:
     made = getattr(transformers, _CLASSES.get(prefix, f"{prefix}ForCausalLM"))(
         config(**{**_COMMON, **settings, **changes})
     )
-    return fill(made).to(dtype).eval()
+    for parameter in fill(made).parameters():  # buffers stay float32, as they do after loading
+        parameter.data = parameter.data.to(dtype)
+    return made.eval()
 
 
 def save(name: str, folder: Path) -> Path:

@@ -20,8 +20,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from finegraft import FastClassifier, FastLanguageModel, SFTConfig, SFTTrainer, TrainingArguments
-from finegraft import adapters, opening
+from finegraft import (
+    FastClassifier,
+    FastLanguageModel,
+    SFTConfig,
+    SFTTrainer,
+    TrainingArguments,
+    adapters,
+    opening,
+)
+from finegraft.adapters import _lora_start
 from finegraft.data.labels import CLASSES
 from finegraft.models import families, swap
 from finegraft.models.families import FAMILIES
@@ -61,6 +69,11 @@ class Case:
     @property
     def causal(self) -> bool:
         return self.task == "causal"
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether a fresh adapter is two parts that cancel each other, but for rounding."""
+        return _lora_start.doubles(adapters.find(self.method)[1].get("init_lora_weights", True))
 
     @property
     def found(self) -> adapters.Method:

@@ -21,7 +21,7 @@ from transformers import (
 def opened(asked):
     how = {"dtype": torch.float32}
     if asked["four_bit"]:
-        skipped = ["classifier", "score", "pre_classifier", "pooler", "lm_head"]
+        skipped = ["classifier", "score", "pre_classifier", r".*pooler", "lm_head"]
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -69,8 +69,10 @@ def plain_peft():
 
 
 def test_a_fresh_adapter_is_the_identity_or_says_why_not(run):
-    same = torch.equal(run.fresh_logits, run.base_logits)
+    same = torch.allclose(run.fresh_logits, run.base_logits, **NEAR)
     assert same == (run.case.found.not_identity is None)
+    if same and not run.case.starts_from_weights:
+        assert torch.equal(run.fresh_logits, run.base_logits)
 
 
 def test_only_the_adapter_and_a_new_head_train(run):

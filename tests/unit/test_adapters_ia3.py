@@ -55,8 +55,10 @@ def test_a_second_adapter_gets_the_same_targets():
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_four_bit_base(family, tmp_path):
     model = t.works_on_four_bits(family, "ia3", tmp_path)
-    with pytest.raises(ValueError, match="Cannot merge ia3 layers"):
-        model.merge_and_unload()
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(AdapterError, match=r"(?s)FG-ADAPT-076.*merge_to_16bit"):
+            merge()
+    assert not hasattr(model.unload(), "peft_config")
 
 
 @pytest.mark.parametrize(

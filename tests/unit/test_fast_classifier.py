@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from classifier_tiny import base
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import BertModel, DistilBertConfig, DistilBertForSequenceClassification
 
 from finegraft import FastClassifier, FastLanguageModel, opening
 from finegraft.core.errors import AdapterError, ArgumentError, ConfigError, DataError, ModelError
@@ -188,3 +191,15 @@ def test_figures_of_the_document(capsys):
     model.print_trainable_parameters()
     expected = "trainable params: 601,346 || all params: 67,556,356 || trainable%: 0.8901"
     assert capsys.readouterr().out.strip() == expected
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "head"])
+def test_a_new_pooler_of_a_four_bit_base_trains_whole(bases, method, tmp_path):
+    """It is one of the last layers, left as it is: 4-bit weights could not train."""
+    BertModel.from_pretrained(bases["bert"], add_pooling_layer=False).save_pretrained(tmp_path)
+    for file in Path(bases["bert"]).glob("token*"):
+        shutil.copy(file, tmp_path)
+    model, _ = load(str(tmp_path), load_in_4bit=True)
+    model = FastClassifier.get_peft_model(model, method)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("pooler" in name for name in trained) and any("classifier" in n for n in trained)

@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 from training_tiny import llama, rows, tokenizer
 
 import finegraft
+from finegraft import adapters, opening
 from finegraft.adapters import lora
-from finegraft.core.errors import ArgumentError, DataError, StorageError
+from finegraft.core.errors import AdapterError, ArgumentError, DataError, StorageError
 from finegraft.inference.score import heldout_loss
 from finegraft.training import checkpoint
 from finegraft.training.collate import Collator
@@ -364,3 +366,49 @@ def test_a_text_made_from_other_columns_is_what_is_learnt(tmp_path, columns, tex
     made = trainer(tmp_path, data=Dataset.from_list([{**columns, "text": "hello world"}] * 2))
     text = made.processing_class.decode(made.train_dataset[0]["input_ids"])
     assert ("hello world" in text) is text_is_learnt
+
+
+@pytest.mark.parametrize("named", ["peft", "finegraft", "bottleneck"])
+def test_peft_config_goes_through_our_own_attaching(named, tmp_path):
+    """PiSSA then leaves the base as it is; trl's way rewrites it and the saved adapter is wrong."""
+    config = {
+        "peft": peft.LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM"),
+        "finegraft": finegraft.LoraConfig(
+            r=4, init_lora_weights="pissa", target_modules=["q_proj"]
+        ),
+        "bottleneck": finegraft.AdapterConfig(reduction_factor=4),
+    }[named]
+    model = llama()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    made = trainer(tmp_path, model, more={"peft_config": config})
+    made.train()
+    after = {n.replace(".base_layer", ""): p for n, p in model.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    method = "bottleneck" if named == "bottleneck" else "lora"
+    assert made.method is adapters.METHODS.get(method) is adapters.method_of(made.model)
+    fresh = {n: p.clone() for n, p in made.model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"(?s)FG-ADAPT-045.*carries an adapter already"):
+        trainer(tmp_path, made.model, more={"peft_config": config})
+    assert made.model.state_dict().keys() == fresh.keys()
+
+
+def test_a_trained_head_keeps_float32_weights(tmp_path):
+    """A bfloat16 copy would lose every update of this size; the loss is still the model's."""
+    model = adapters.attach(llama(torch.bfloat16), "head")
+    made = trainer(tmp_path, model, learning_rate=1e-6, lr_scheduler_type="constant")
+    head = model.get_base_model().lm_head.modules_to_save["default"]
+    start = head.weight.detach().clone()
+    assert start.dtype == torch.float32
+    rounded = adapters.attach(llama(torch.bfloat16), "head")
+    other = heldout_loss(rounded, made.train_dataset["input_ids"], made.train_dataset["labels"])
+    assert made.evaluate(made.train_dataset)["eval_loss"] == pytest.approx(other, rel=5e-3)
+    made.train()
+    large = start.abs() > 1e-2
+    assert not torch.equal(head.weight[large], start[large])
+    assert torch.equal(head.weight[large].bfloat16(), start[large].bfloat16())
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3).shape[0] == 1
+    made.save_model(str(tmp_path / "saved"))
+    again = opening.attach_saved(llama(torch.bfloat16), tmp_path / "saved")
+    assert torch.equal(
+        again.get_base_model().lm_head.modules_to_save["default"].weight, head.weight.bfloat16()
+    )

@@ -40,11 +40,10 @@ __all__ = [
     "method_of",
     "named",
     "names",
+    "original_weights",
     "train_new_rows",
 ]
 
-# Kinds of adapters that train and save whole modules beside their own layers.
-_SAVES_MODULES = ("BITFIT", "BOTTLENECK", "HEAD", "IA3", "LORA")
 METHODS: Registry[Method] = Registry("finegraft.adapters", "METHOD", "method")
 
 
@@ -97,7 +96,7 @@ def attach(
     parameters = inspect.signature(method.attach).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         translate(f"method '{name}'", settings, set(parameters) - {"model"}, {})
-    new = new_modules(model) if task_type != CAUSAL and method.peft_type in _SAVES_MODULES else []
+    new = new_modules(model) if task_type != CAUSAL and method.saves_modules else []
     if new:  # a pooler that the checkpoint lacks would be another one after every loading
         settings["modules_to_save"] = [*(settings.get("modules_to_save") or ()), *new]
     wrapped = method.attach(model, task_type=task_type, **{**preset, **settings})
@@ -171,3 +170,4 @@ from finegraft.adapters import _named as named  # noqa: E402
 from finegraft.adapters._configs import get_peft_model  # noqa: E402
 from finegraft.adapters._merge import Merged, merge_to_16bit  # noqa: E402
 from finegraft.adapters._merge import _check as check_mergeable  # noqa: E402
+from finegraft.adapters._merge import _originals as original_weights  # noqa: E402

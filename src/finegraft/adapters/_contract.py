@@ -34,6 +34,7 @@ class Method:
         not_packed: Why rows cannot be packed or flattened (padding-free), or None when they can.
         not_recomputed: Why layers cannot be recomputed in backward, or None when they can.
         not_identity: Why a fresh adapter changes the model's output, or None when it does not.
+        saves_modules: Whether ``attach`` takes ``modules_to_save``, to train and save them whole.
         in_peft: Whether plain peft opens the saved folder; if not, after importing
             ``finegraft.peft_plugin``.
         keys: Keys of ``TrainConfig`` that ``attach`` takes; others come in ``method_settings``.
@@ -52,6 +53,7 @@ class Method:
     not_packed: str | None = None
     not_recomputed: str | None = None
     not_identity: str | None = None
+    saves_modules: bool = True
     in_peft: bool = True
     keys: tuple[str, ...] = ()
     tasks: tuple[str, ...] = TASKS

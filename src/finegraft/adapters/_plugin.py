@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, TaskType, get_peft_model
 from peft import mapping as tables
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from finegraft.adapters._contract import SEQUENCE, TOKEN
+from finegraft.adapters.lora import check_targets
 from finegraft.core.errors import AdapterError, did_you_mean
 
 # Names that peft gives the new head of a classifier; it trains and is saved with every adapter.
@@ -94,6 +96,30 @@ def configure(kind: type[PeftConfig], method: str, settings: dict[str, Any]) -> 
         raise
     except (ValueError, TypeError) as error:
         raise _refused(method, error) from error
+
+
+def attach(
+    kind: type[PeftConfig],
+    method: str,
+    model: nn.Module,
+    task_type: str,
+    adapter_name: str,
+    settings: dict[str, Any],
+) -> Any:
+    """Return ``model`` with a new adapter of one of our methods.
+
+    Args:
+        kind: The configuration of the method.
+        settings: Its fields.
+
+    Raises:
+        AdapterError: FG-ADAPT-001 unknown target; those of ``configure`` and ``wrap``.
+    """
+    register()
+    config: Any = configure(kind, method, {"task_type": TaskType(task_type), **settings})
+    if config.target_modules not in (None, DUMMY_TARGET_MODULES):
+        check_targets(model, config.target_modules)
+    return wrap(model, config, method, adapter_name)
 
 
 def wrap(model: nn.Module, config: PeftConfig, method: str, adapter_name: str) -> Any:

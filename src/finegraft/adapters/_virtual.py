@@ -13,11 +13,12 @@ Shapes: b rows, t tokens of the padded batch, n virtual tokens, d hidden.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -76,13 +78,29 @@ class _VirtualTokens:
             joined.update(_positions(self, joined["attention_mask"]))
         return joined
 
+    @contextlib.contextmanager
+    def disable_adapter(self: Any) -> Iterator[None]:
+        """The base answers inside the block, with its own head and rows.
+
+        peft's own fails on models that cannot generate, and leaves a trained head in place.
+        """
+        was = self._adapters_disabled
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if not was:
+                self.enable_adapter_layers()
+
     def disable_adapter_layers(self: Any) -> None:
         """Answer as the base does until ``enable_adapter_layers``."""
         self._adapters_disabled = True
+        _use_trained_parts(self, False)
 
     def enable_adapter_layers(self: Any) -> None:
         """Take ``disable_adapter_layers`` back."""
         self._adapters_disabled = False
+        _use_trained_parts(self, True)
 
     def _refuse_merge(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Virtual tokens cannot be merged; FG-ADAPT-031."""
@@ -303,6 +321,19 @@ def _shown(model: Any, ids: Any, mask: Any, shaped: torch.Tensor) -> torch.Tenso
         return shown
     after = (ids != pad).long().flip(1).cummax(1).values.flip(1)
     return torch.where(after.any(1, keepdim=True), after, shown)
+
+
+def _use_trained_parts(model: nn.Module, use: bool) -> None:
+    """Put heads and rows that train beside the virtual tokens in their places, or take them out.
+
+    What of them trains stays as it is, which peft would change.
+    """
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            trains = [(p, p.requires_grad) for p in module.parameters()]
+            module.enable_adapters(use)
+            for parameter, flag in trains:
+                parameter.requires_grad_(flag)
 
 
 def _is_network(encoder: nn.Module) -> bool:

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from finegraft.adapters import _plugin
 from finegraft.adapters._contract import CAUSAL, Method
-from finegraft.adapters.lora import check_targets
 from finegraft.core.errors import AdapterError
 
 
@@ -189,13 +188,7 @@ def attach(
         AdapterError: FG-ADAPT-001 unknown target, FG-ADAPT-021 unknown setting, FG-ADAPT-023 no
             biases, FG-ADAPT-024 a target without one.
     """
-    _plugin.register()
-    config = _plugin.configure(
-        BitFitConfig, "bitfit", {"task_type": TaskType(task_type), **settings}
-    )
-    if config.target_modules is not None:
-        check_targets(model, config.target_modules)
-    return _plugin.wrap(model, config, "bitfit", adapter_name)
+    return _plugin.attach(BitFitConfig, "bitfit", model, task_type, adapter_name, settings)
 
 
 METHOD = Method(

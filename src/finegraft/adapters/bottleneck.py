@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 from torch import nn
 from transformers.activations import ACT2FN
 
 from finegraft.adapters import _plugin, _sites
 from finegraft.adapters._contract import CAUSAL, Method
-from finegraft.adapters.lora import check_targets
 from finegraft.core.errors import AdapterError, did_you_mean
 
 PLACEMENTS = ("houlsby", "pfeiffer")
@@ -265,13 +264,7 @@ def attach(
         AdapterError: FG-ADAPT-001 unknown target, FG-ADAPT-021 unknown setting, FG-ADAPT-022 value
             out of range, FG-ADAPT-025 unknown layout, FG-ADAPT-027 series and parallel together.
     """
-    _plugin.register()
-    config = _plugin.configure(
-        BottleneckConfig, "bottleneck", {"task_type": TaskType(task_type), **settings}
-    )
-    if config.target_modules is not None:
-        check_targets(model, config.target_modules)
-    return _plugin.wrap(model, config, "bottleneck", adapter_name)
+    return _plugin.attach(BottleneckConfig, "bottleneck", model, task_type, adapter_name, settings)
 
 
 METHOD = Method(

@@ -24,6 +24,7 @@ METHOD = Method(
     attach=attach,
     peft_type=None,
     not_mergeable="there is no adapter: the saved model is the result",
+    saves_modules=False,
     not_quantized="its weights are whole numbers, which have no gradient",
     learning_rates={"causal": 5e-5, "classification": 5e-5},
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -105,9 +105,7 @@ def attach(
     Raises:
         AdapterError: FG-ADAPT-021 unknown setting, FG-ADAPT-028 no such head.
     """
-    _plugin.register()
-    config = _plugin.configure(HeadConfig, "head", {"task_type": TaskType(task_type), **settings})
-    return _plugin.wrap(model, config, "head", adapter_name)
+    return _plugin.attach(HeadConfig, "head", model, task_type, adapter_name, settings)
 
 
 METHOD = Method(

@@ -13,12 +13,44 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from peft import IA3Config, TaskType
+from peft import IA3Config, IA3Model, TaskType
 from torch import nn
 
 from finegraft.adapters import _plugin, _sites
 from finegraft.adapters._contract import CAUSAL, Method
 from finegraft.adapters.lora import check_targets
+from finegraft.core.errors import AdapterError
+from finegraft.models import swap
+
+
+class MergesOrSaysWhy:
+    """Mixed into peft's tuner: quantized layers refuse to be merged with what to do instead."""
+
+    def _check_merge_allowed(self: Any) -> None:
+        """Raises AdapterError FG-ADAPT-076 on a quantized base."""
+        if getattr(self.model, "is_quantized", False):
+            raise AdapterError(
+                "FG-ADAPT-076",
+                "merging IA3 into a quantized base: its layers hold whole numbers, which factors "
+                "would round once more",
+                allowed="a 16-bit or 32-bit base, or a merge into 16 bits",
+                fix="finegraft.adapters.merge_to_16bit(model).model",
+            )
+        super()._check_merge_allowed()  # type: ignore[misc]
+
+    def _unload_and_optionally_merge(self: Any, merge: bool = True, *args: Any, **more: Any) -> Any:
+        """The stock method of all tuners; peft's IA3 lets no quantized base go, merged or not."""
+        if merge:
+            self._check_merge_allowed()
+        return super(IA3Model, self)._unload_and_optionally_merge(merge, *args, **more)
+
+
+def accelerate(model: nn.Module) -> int:
+    """Give peft's tuner its subclass; no layer is swapped, so none counts as fast."""
+    for module in model.modules():
+        if isinstance(module, IA3Model):
+            swap.swap(module, swap.fast_class(MergesOrSaysWhy, IA3Model))
+    return 0
 
 
 def attach(
@@ -47,7 +79,9 @@ def attach(
         **settings,
     }
     config = _plugin.configure(IA3Config, "ia3", values)
-    return _plugin.wrap(model, config, "ia3", adapter_name)
+    wrapped = _plugin.wrap(model, config, "ia3", adapter_name)
+    accelerate(wrapped)
+    return wrapped
 
 
 def targets(
@@ -87,5 +121,6 @@ METHOD = Method(
     summary="factors on keys, values and the MLP: very few parameters, can be merged",
     attach=attach,
     peft_type="IA3",
+    accelerate=accelerate,
     learning_rates={"causal": 1e-2, "classification": 1e-2},
 )

@@ -68,6 +68,7 @@ METHOD = Method(
     not_packed=_virtual.NOT_PACKED,
     not_recomputed=_virtual.NOT_RECOMPUTED,
     not_identity="a prefix takes a share of every layer's attention from the start",
+    saves_modules=False,
     tasks=_virtual.TASKS,
     learning_rates={"causal": 2e-2, "classification": 1e-2},
 )

@@ -85,6 +85,7 @@ METHOD = Method(
     not_mergeable=_virtual.NOT_MERGEABLE,
     not_packed=_virtual.NOT_PACKED,
     not_identity="the prompt is read like tokens from the start",
+    saves_modules=False,
     tasks=_virtual.TASKS,
     learning_rates={"causal": 3e-2, "classification": 3e-2},
 )

@@ -65,6 +65,7 @@ METHOD = Method(
     not_mergeable=_virtual.NOT_MERGEABLE,
     not_packed=_virtual.NOT_PACKED,
     not_identity="the virtual tokens are read from the start",
+    saves_modules=False,
     tasks=_virtual.TASKS,
     learning_rates={"causal": 1e-3, "classification": 1e-3},
 )

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from finegraft.cli import doctor, ladder, predict, quickstart, talk, train
+from finegraft.cli import doctor, export, ladder, predict, quickstart, serve, talk, train
 from finegraft.cli.output import STATUS_ERROR, STATUS_INTERRUPTED, Output, debugging
 from finegraft.core.errors import FinegraftError
 
@@ -111,7 +111,7 @@ def root(
     """Set nothing up: every command says itself what it needs."""
 
 
-for _module in (quickstart, train, ladder, talk, predict, doctor):
+for _module in (quickstart, train, ladder, talk, export, serve, predict, doctor):
     _module.register(app)
 
 

@@ -1,4 +1,4 @@
-"""``finegraft predict``: labels and probabilities of texts.
+"""``finegraft predict``: labels and probabilities of texts, or of the spans in them.
 
 What: texts from the command line, a file of rows or lines, or standard input, answered by
 ``FastClassifier``. How: structured files are read as for training, their text column found by name.
@@ -89,11 +89,10 @@ def _require_classifier(name: str) -> None:
             allowed="a run or adapter of `finegraft train --task classification`, or a classifier",
             fix=f'finegraft generate {name} "your question"',
         )
-    if kind != classifier.SEQUENCE:
+    if kind not in (classifier.SEQUENCE, classifier.TOKEN):
         raise ModelError(
             "FG-CLASS-026",
-            f"{name} has no trained head that classifies texts"
-            + (f" (it is made for {kind})" if kind else ""),
+            f"{name} has no trained head that classifies texts",
             allowed="a run or adapter of `finegraft train --task classification`, or a classifier",
             fix=f"finegraft train --task classification --model {name} --data ROWS.jsonl",
         )
@@ -117,8 +116,27 @@ def _bar(out: Output, total: int) -> Iterator[Callable[[int, int], None]]:
         bar.stop()
 
 
+def _spans(said: list[Any]) -> Table:
+    """One line a span: its type, its probability, its words, and the text that it stands in."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for title in ("label", "probability", "found", "text"):
+        right = title == "probability"
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for one in said:
+        text = Text(one.text)
+        for found in one.entities:
+            label, words = Text(found.label, style="bold"), Text(found.text)
+            table.add_row(label, f"{found.probability:.3f}", words, text)
+            text = Text("")  # shown once
+        if not one.entities:
+            table.add_row(Text("(none)", "dim"), "", "", text)
+    return table
+
+
 def _table(said: list[Any]) -> Table:
     """One line a text: the label, its probability, the next likeliest, the text."""
+    if hasattr(said[0], "entities"):
+        return _spans(said)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     values = said[0].value is not None
     for title in ("value",) if values else ("label", "probability", "others"):
@@ -171,8 +189,13 @@ def predict(
         int, typer.Option("--batch-size", metavar="INT", help="Texts at a time.")
     ] = 32,
     threshold: Annotated[
-        float, typer.Option("--threshold", metavar="NUMBER", help="To say one of several labels.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="NUMBER",
+            help="To say one of several labels (unset: 0.5) or a span (unset: any).",
+        ),
+    ] = None,
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Quantize the base while loading.")
     ] = False,
@@ -183,6 +206,7 @@ def predict(
 ) -> None:
     """Classify texts with a model of `finegraft train --task classification`.
 
+    A model of --task token_classification finds the spans in them.
     For example:
 
       finegraft predict runs/reviews "It was good."

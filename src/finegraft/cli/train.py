@@ -120,7 +120,7 @@ def _show(result: Any, to: Console) -> None:
     line(f"Saved in {result.run}" + (f", adapter in {result.adapter}" if result.adapter else ""))
     line("\nNext:")
     run = shlex.quote(str(result.run))
-    if getattr(result, "task", "causal") == "classification":
+    if getattr(result, "task", "causal").endswith("classification"):
         line(f'  finegraft predict {run} "your text"', "bold")
         return
     line(f"  finegraft chat {run}", "bold")

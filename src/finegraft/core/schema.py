@@ -26,6 +26,7 @@ def _field(
     *,
     task: str | None = None,
     classification: Any = None,
+    token_classification: Any = None,
     **limits: Any,
 ) -> Any:
     """One key.
@@ -33,10 +34,14 @@ def _field(
     Args:
         task: Tasks that have it: those whose names end so. None: all.
         classification: Its default there, where that is another one.
+        token_classification: The same, where that differs once more.
     """
     extra = {"group": group, "task": task, "classification": classification}
+    extra["token_classification"] = token_classification
     if classification is not None:
         help += f"; default for classification: {classification}"
+    if token_classification is not None:
+        help += f", of tokens: {token_classification}"
     return Field(default, description=help, json_schema_extra=extra, **limits)
 
 
@@ -45,7 +50,9 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
-    task: str = _field("causal", "what to train: causal or classification", "model")
+    task: str = _field(
+        "causal", "what to train: causal, classification or token_classification", "model"
+    )
     model: str = _field(..., "hub name, folder, GGUF file, adapter folder, or 'demo'", "model")
     revision: str | None = _field(None, "branch, tag or commit on the hub", "model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field(
@@ -116,7 +123,14 @@ class TrainConfig(BaseModel):
     )
     gradient_accumulation_steps: int = _field(1, "micro-batches a step", "training", ge=1)
     auto_find_batch_size: bool = _field(False, "halve the batch when memory ends", "training")
-    learning_rate: float = _field(2e-4, "peak learning rate", "training", classification=5e-4, gt=0)
+    learning_rate: float = _field(
+        2e-4,
+        "peak learning rate",
+        "training",
+        classification=5e-4,
+        token_classification=1e-3,
+        gt=0,
+    )
     lr_scheduler_type: str = _field("linear", "learning rate schedule", "training")
     warmup_steps: int = _field(5, "steps to the peak learning rate", "training", ge=0)
     weight_decay: float = _field(0.0, "decoupled weight decay", "training", ge=0)
@@ -160,7 +174,7 @@ class TrainConfig(BaseModel):
     )
     metric_for_best_model: str | None = _field(
         None,
-        "what chooses the epoch that is kept; unset: macro_f1, micro_f1 or mse",
+        "what chooses the epoch that is kept; unset: f1, macro_f1, micro_f1 or mse",
         "classification",
         task="classification",
     )
@@ -208,7 +222,10 @@ def _extra(info: FieldInfo) -> dict[str, Any]:
 def default_of(name: str, task: str) -> Any:
     """The default of a key in a task."""
     info = TrainConfig.model_fields[name]
-    own = _extra(info)["classification"] if task.endswith("classification") else None
+    extra = _extra(info)
+    own = extra["classification"] if task.endswith("classification") else None
+    if task == "token_classification" and extra[task] is not None:
+        own = extra[task]
     return info.default if own is None else own
 
 

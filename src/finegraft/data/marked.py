@@ -43,32 +43,49 @@ def read_file(path: str | Path) -> list[dict[str, Any]]:
             ``sources.read_rows``.
 
     Raises:
-        DataError: FG-CLASS-039, a line without word and tag; those of ``sources.read_rows``.
+        DataError: FG-CLASS-039, a line without word and tag, or no text; those of
+            ``sources.read_rows``.
     """
     path = Path(path)
     if path.suffix.lower() not in _LINES or not path.is_file():
         return sources.read_rows(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise _bad_line(str(path), f"not UTF-8 ({error.reason})") from error
+    if path.suffix.lower() == ".tsv" and lines and _is_header(lines[0]):
+        return sources.read_rows(path)
     rows: list[dict[str, Any]] = []
-    open_row: dict[str, Any] | None = None
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            cells = line.rstrip("\n").split("\t") if "\t" in line else line.split()
-            if not line.strip() or cells[0].startswith("-DOCSTART-"):
-                open_row = None
-                continue
-            if len(cells) < 2 or not cells[0].strip() or not cells[-1].strip():
-                raise DataError(
-                    "FG-CLASS-039",
-                    f"{path}, line {number}: {line.strip()[:60]!r} is not a word and its tag",
-                    allowed="a word, a tab and a tag a line, an empty line between sentences",
-                    fix="correct this line; a table with a header is to be called .csv",
-                )
-            if open_row is None:
-                open_row = {"tokens": [], "tags": []}
-                rows.append(open_row)
-            open_row["tokens"].append(cells[0].strip())
-            open_row["tags"].append(cells[-1].strip())
-    return rows or sources.read_rows(path)
+    new = True
+    for number, line in enumerate(lines, 1):
+        cells = line.split("\t") if "\t" in line else line.split()
+        if not line.strip() or cells[0].startswith("-DOCSTART-"):
+            new = True
+            continue
+        if len(cells) < 2 or not cells[0].strip() or not cells[-1].strip():
+            raise _bad_line(f"{path}, line {number}", repr(line.strip()[:60]))
+        if new:
+            rows.append({"tokens": [], "tags": []})
+        rows[-1]["tokens"].append(cells[0].strip())
+        rows[-1]["tags"].append(cells[-1].strip())
+        new = False
+    if not rows:
+        raise _bad_line(str(path), "no words")
+    return rows
+
+
+def _is_header(line: str) -> bool:
+    names = [name.strip().lower() for name in line.split("\t")]
+    return any(n in ("text", "sentence", *_WORDS) for n in names) and names[-1] in (*_TAGS, *_SPANS)
+
+
+def _bad_line(where: str, problem: str) -> DataError:
+    return DataError(
+        "FG-CLASS-039",
+        f"{where}: {problem}",
+        allowed="a word, a tab and its tag a line, an empty line between sentences",
+        fix="correct it; a table of texts is to be called .csv",
+    )
 
 
 def columns(
@@ -82,8 +99,8 @@ def columns(
         label: ``label_column``.
 
     Raises:
-        DataError: FG-CLASS-002, a name that the rows do not have; FG-CLASS-003 and FG-CLASS-031, nothing
-            to guess.
+        DataError: FG-CLASS-002, a name that the rows do not have; FG-CLASS-003 and FG-CLASS-031,
+            nothing to guess.
     """
     found = [str(column) for column in rows[0]]
     labels.require_column(text, "text_column", found)

@@ -14,8 +14,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from finegraft.core.errors import DataError, did_you_mean
+from finegraft.core.errors import ConfigError, DataError, did_you_mean
 from finegraft.data.labels import Examples
 
 OUTSIDE = "O"
@@ -142,6 +143,22 @@ def beginnings(text: str) -> set[int]:
     return found
 
 
+def require_offsets(tokenizer: Any) -> None:
+    """Prove that a tokenizer can say which characters its tokens stand for.
+
+    Raises:
+        ConfigError: FG-CLASS-040.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            "FG-CLASS-040",
+            f"{type(tokenizer).__name__} does not say which characters its tokens stand for",
+            allowed="a tokenizer with a tokenizer.json",
+            fix="use another model, or convert its tokenizer with transformers' "
+            "convert_slow_tokenizer",
+        )
+
+
 def words(text: str, offsets: Sequence[tuple[int, int]]) -> list[Word]:
     """Cut a text into words that begin with a token.
 
@@ -160,9 +177,9 @@ def words(text: str, offsets: Sequence[tuple[int, int]]) -> list[Word]:
         if start == end:
             continue
         new = start in begin and (not found or start > found[-1].start)
-        if new or not found:
+        if new:
             found.append(Word(place, start, end))
-        else:  # bytes of one character share its place
+        elif found:  # without one before it, it is the rest of a word that was cut off
             last = found[-1]
             found[-1] = Word(last.token, last.start, max(last.end, end))
     return found

@@ -7,17 +7,23 @@ facts that a model card tells. How: names go through ``models.locate``; a run fo
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finegraft import opening
 from finegraft.core.errors import ExportError
 from finegraft.core.schema import TrainConfig, from_file
-from finegraft.models import classifier, swap
+from finegraft.models import classifier, swap, weights
 from finegraft.models.locate import Located, locate
+
+ENCODER = "encoder"
+SMALL_BYTES = 4_000_000_000  # weights of a model that is compared in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +44,13 @@ class Origin:
 
     @functools.cached_property
     def task(self) -> str:
-        """``causal`` or ``sequence-classification``."""
+        """``causal``, ``sequence-classification``, or ``encoder`` for a model without a head."""
         if self.in_memory is not None:
             kind = swap.stock_class(swap.core(self.in_memory)).__name__
             return classifier.SEQUENCE if "SequenceClassification" in kind else classifier.CAUSAL
-        return classifier.kind_of(self.located) or classifier.CAUSAL
+        if self.located.kind == "adapter":
+            return classifier.kind_of(self.located) or classifier.CAUSAL
+        return classifier.kind_of(self.located) or ENCODER
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -61,9 +69,28 @@ class Origin:
 
     @functools.cached_property
     def _loaded(self) -> Any:
-        how = {} if self.task == classifier.CAUSAL else {"task": self.task}
+        how: dict[str, Any] = {} if self.task == classifier.CAUSAL else {"task": self.task}
+        base = opening.base_of(self.located) if self.located.kind == "adapter" else self.located
+        if sum(p.stat().st_size for p in weights.files(base.path)) < SMALL_BYTES:
+            how["dtype"] = "float32"
         opened = opening.open_model(self.name, tokenizer=self.tokenizer, **how)
         return opened.model.eval()
+
+    @functools.cached_property
+    def exact(self) -> Any:
+        """The model to compare with, in float32 where that is small, with stock classes.
+
+        16-bit arithmetic alone moves log-probabilities by 0.1 nats, as much as a wrong scale may.
+        """
+        model = self.model()
+        core = swap.core(model)
+        size = sum(p.numel() * p.element_size() for p in core.parameters())
+        plain = not getattr(core, "is_quantized", False) and size < SMALL_BYTES
+        if self.in_memory is None or not plain or core.dtype == torch.float32:
+            return model
+        model = copy.deepcopy(model)
+        swap.undo(model)
+        return model.float().eval()
 
     @functools.cached_property
     def run(self) -> Path | None:
@@ -100,7 +127,11 @@ class Origin:
 
     @functools.cached_property
     def base(self) -> str:
-        """The name of the model that was trained, or of this one where nothing was."""
+        """The name of the model that was trained, without the path where it lies here."""
+        return Path(self._base).name if Path(self._base).is_absolute() else self._base
+
+    @property
+    def _base(self) -> str:
         if self.located is not None and self.located.kind == "adapter":
             return opening.base_of(self.located).name
         if self.in_memory is not None:

@@ -26,9 +26,8 @@ from torch import nn
 from finegraft import adapters, opening
 from finegraft.core.errors import ExportError, ModelError
 from finegraft.export._origin import Origin
-from finegraft.models import _stream, load, quantize, swap, weights
+from finegraft.models import _stream, classifier, load, quantize, swap, weights
 from finegraft.models import tokenizer as tokenizers
-from finegraft.models.locate import Located
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES = {**HALVES, "float32": torch.float32}
@@ -137,7 +136,7 @@ def open_plain(origin: Origin, dtype: str | torch.dtype | None = None) -> Plain:
         dtype: ``bfloat16``, ``float16`` or ``float32``; None: what the base was published in.
 
     Raises:
-        AdapterError: FG-ADAPT-071 an adapter that cannot be merged, FG-ADAPT-073 several.
+        AdapterError: FG-ADAPT-003 another base, FG-ADAPT-073 several active adapters.
         ExportError: FG-EXPORT-030, an unknown dtype.
     """
     if origin.in_memory is None:
@@ -154,7 +153,7 @@ def _from_disk(origin: Origin, dtype: Any) -> Plain | None:
     """The weights without a model in memory; None where that takes more than sums of matrices."""
     located = origin.located
     base = opening.base_of(located) if located.kind == "adapter" else located
-    if origin.task != "causal":
+    if origin.task == classifier.SEQUENCE:
         return None  # a head that the checkpoint lacks comes with the model's class
     config = load.load_config(base.path)
     if getattr(config, "quantization_config", None) is not None:
@@ -223,8 +222,9 @@ def _updates(folder: Path, stored: Mapping[str, Any]) -> dict[str, _Update] | No
         if part == "B.weight":
             continue
         b = saved.get(key.replace(".lora_A.", ".lora_B."))
-        place = next((n for n in (f"{name}.weight", f"{name}.weight".partition(".")[2])
-                      if n in stored), None)
+        place = next(
+            (n for n in (f"{name}.weight", f"{name}.weight".partition(".")[2]) if n in stored), None
+        )
         if part != "A.weight" or b is None or place is None:
             return None
         if stored[place].shape != (b.shape[0], a.shape[1]) or a.shape[0] != rank:
@@ -273,7 +273,9 @@ def _from_model(origin: Origin, dtype: Any) -> Plain:
     for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         vars(config).pop(name, None)
     stock: Any = swap.stock_class(core)
-    tensors = _tensors(core, config, half)
+    originals, how = _originals(core)
+    tensors = _tensors(core, config, half, originals)
+    merged += how
     _untie(config, tensors)
     config.dtype = half
     config.architectures = [stock.__name__]
@@ -313,30 +315,50 @@ def _simple(model: Any) -> bool:
     return True
 
 
-def _tensors(core: Any, config: Any, dtype: torch.dtype) -> dict[str, Lazy]:
+def _originals(core: Any) -> tuple[dict[str, Any], str]:
+    """Weights that were quantized, as their folder still holds them, and words for people."""
+    if not getattr(core, "is_quantized", False):
+        return {}, ""
+    layers = {_plain_name(n): m for n, m in quantize.quantized_layers(core).items()}
+    stored, reason = adapters.original_weights(Path(core.config.name_or_path), layers)
+    return stored, f", dequantized ({reason})" if reason else ", in their original precision"
+
+
+def _plain_name(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)
+
+
+def _tensors(
+    core: Any, config: Any, dtype: torch.dtype, originals: Mapping[str, Any]
+) -> dict[str, Lazy]:
     """Every weight of the stock class, read out of ``core`` with its active adapter merged."""
     stock: Any = swap.stock_class(core)
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in stock(copy.deepcopy(config)).state_dict().items()}
     found = {}
     for path, module in core.named_modules(remove_duplicate=False):
-        for name, value in _own(module):
-            plain = ".".join(part for part in path.split(".") if part and part not in _WRAPPERS)
-            plain = f"{plain}.{name}" if plain else name
+        place = _plain_name(path)
+        for name, value in _own(module, originals.get(f"{place}.weight")):
+            plain = f"{place}.{name}" if place else name
             if plain in shapes and plain not in found:
                 found[plain] = Lazy(shapes[plain], value, dtype)
     return {name: found[name] for name in shapes if name in found}
 
 
-def _own(module: Any) -> list[tuple[str, Callable[[], torch.Tensor]]]:
-    """Names and readers of the weights that a module stands for, its adapter included."""
+def _own(module: Any, original: Any) -> list[tuple[str, Callable[[], torch.Tensor]]]:
+    """Names and readers of the weights that a module stands for, its adapter included.
+
+    Args:
+        original: What a quantized weight was, where that is known.
+    """
     active = getattr(module, "active_adapters", None) or []
     if callable(active):
         active = []
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         name = next((a for a in active if a in module.modules_to_save), None)
         inner = module.original_module if name is None else module.modules_to_save[name]
-        return [(n, lambda v=v: v) for n, v in _direct(inner)]
+        whole = [*inner.named_parameters(), *inner.named_buffers()]
+        return [(n, lambda v=v: v) for n, v in whole]
     if hasattr(module, "trainable_tokens_delta"):
         base = module.get_base_layer()
         rest = [(n, lambda v=v: v) for n, v in _direct(base) if n != "weight"]
@@ -344,12 +366,12 @@ def _own(module: Any) -> list[tuple[str, Callable[[], torch.Tensor]]]:
     if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
         base = module.get_base_layer()
         rest = [(n, lambda v=v: v) for n, v in _direct(base) if n != "weight"]
-        return [("weight", lambda: _merged(module, active)), *rest]
+        return [("weight", lambda: _merged(module, active, original)), *rest]
     if hasattr(module, "get_base_layer") or hasattr(module, "token_adapter"):
         return []
     if _quantized(module):
         rest = [(n, lambda v=v: v) for n, v in _direct(module) if n == "bias"]
-        return [("weight", lambda: quantize.dense_weight(module, torch.float32)), *rest]
+        return [("weight", lambda: _dense(module, original)), *rest]
     return [(n, lambda v=v: v) for n, v in _direct(module)]
 
 
@@ -363,11 +385,18 @@ def _quantized(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not weight.is_floating_point()  # type: ignore[union-attr]
 
 
-def _merged(module: Any, active: list[str]) -> torch.Tensor:
+def _dense(layer: Any, original: Any) -> torch.Tensor:
+    """The weight of a layer in float32, whether it is quantized or not."""
+    if not _quantized(layer):
+        return layer.weight.detach().float()
+    if original is None:
+        return quantize.dense_weight(layer, torch.float32)
+    return original[...].float()
+
+
+def _merged(module: Any, active: list[str], original: Any) -> torch.Tensor:
     """W + s * B @ A of one layer, in float32."""
-    base = module.get_base_layer()
-    dense = quantize.dense_weight(base, torch.float32) if _quantized(base) else base.weight
-    total = dense.detach().float()
+    total = _dense(module.get_base_layer(), original)
     for name in active:
         if name in module.lora_A:
             total = total + module.get_delta_weight(name).detach().float().to(total.device)
@@ -384,8 +413,3 @@ def _untie(config: Any, tensors: dict[str, Lazy]) -> None:
         tensors.pop("lm_head.weight")
     else:
         config.tie_word_embeddings = False
-
-
-def located_base(located: Located) -> str:
-    """What an adapter was trained on, or the model itself, as a name for people."""
-    return opening.base_of(located).name if located.kind == "adapter" else located.name

@@ -85,7 +85,7 @@ def predict(
             without a classification head.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    _check(texts, pairs, batch_size, threshold)
+    check(texts, pairs, batch_size, threshold)
     core = swap.core(model)
     _require_head(core)
     lengths = classifier.longest(core.config, getattr(tokenizer, "model_max_length", None), None)
@@ -107,9 +107,14 @@ def predict(
     return [_prediction(core.config, *said[i], logits[i], threshold) for i in range(len(texts))]
 
 
-def _check(
+def check(
     texts: Sequence[Any], pairs: Sequence[Any] | None, batch_size: int, threshold: float
 ) -> None:
+    """Prove that texts, pairs and settings can be used.
+
+    Raises:
+        DataError: FG-CLASS-020; ConfigError: FG-CLASS-021.
+    """
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str) or not text.strip():
             raise DataError(

@@ -96,8 +96,12 @@ def _loss_of_rows(
         num_items = float(targets.numel())
     softcap, scale = _logit_transform(model.config.get_text_config())
     head = _active(model.get_output_embeddings())
-    if type(head) is nn.Linear and head.bias is None and head.weight.dtype == rows.dtype:
-        return linear_cross_entropy(rows, head.weight, targets, num_items, softcap, scale)
+    if type(head) is nn.Linear and head.bias is None:
+        weight = head.weight
+        if weight.requires_grad:  # a float32 master copy beside half precision, see training.heads
+            weight = weight.to(rows.dtype)
+        if weight.dtype == rows.dtype:
+            return linear_cross_entropy(rows, weight, targets, num_items, softcap, scale)
     trained = _trained_rows(head, rows.dtype)
     if trained is not None:
         weight, ids, values = trained

@@ -38,7 +38,8 @@ _ARCHITECTURES = {
 _OFFSET = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
 # What peft saves with an adapter by itself, and the last layers that must not be quantized.
 _HEADS = ("classifier", "score")
-DENSE = ("classifier", "score", "pre_classifier", "pooler", "lm_head", "embed_out")
+# Ends of module paths or expressions for their beginning, which is how transformers reads them.
+DENSE = ("classifier", "score", "pre_classifier", r".*pooler", "lm_head", "embed_out")
 _UNBOUNDED = 1_000_000
 
 

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Task = Literal["causal", "sequence-classification"]
+Task = Literal["causal", "sequence-classification", "token-classification"]
 _CLASSES = {
     "causal": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
 }
 
 # what transformers raises on files that hold something else than it expects
@@ -204,7 +205,8 @@ def load_model(
 
     Args:
         path: The model folder, ``Located.path`` of kind ``directory``.
-        task: ``causal`` or ``sequence-classification``; the latter may get a new head.
+        task: ``causal``, ``sequence-classification`` or ``token-classification``; classifiers may
+            get a new head.
         dtype: Of the weights; unset, the fastest on this machine.
         quantization_config: Passed on as it is, instead of the flags and settings below.
         load_in_4bit: 4 bits a value in blocks of 64, quantised one tensor at a time. A folder whose
@@ -281,7 +283,7 @@ def _build(
 ) -> PreTrainedModel:
     import transformers
 
-    classify = task == "sequence-classification"
+    classify = task != "causal"
     # label names and counts belong to the configuration, which from_pretrained takes as given
     for key in ("num_labels", "id2label", "label2id", "problem_type"):
         if classify and kwargs.get(key) is not None:

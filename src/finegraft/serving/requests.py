@@ -137,9 +137,9 @@ class _Common(_Body):
     stop: Annotated[Stop, AfterValidator(_stops)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: (
-        dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None
-    ) = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = (
+        None
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None

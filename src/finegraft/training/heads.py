@@ -3,8 +3,10 @@
 What: ``keep_precise`` gives the linear layers that peft trains beside an adapter
 (``modules_to_save``) float32 weights, and a hook that brings their input to that precision.
 Constraint: a bfloat16 weight near 0.02 moves in steps of 6e-5, so the small updates of a decaying
-learning rate would be lost. Trade-off: none in speed, a head is one or two layers on one token a
-row; the saved head is float32 too, and loads into a model of any precision.
+learning rate would be lost. Trade-off: none in speed for a classifier, whose head is one or two
+layers on one token a row; a causal model's loss rounds the copy of its head once a step, and until
+it is opened again it generates through transformers' loop. The saved head is float32 too, and
+loads into a model of any precision.
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from finegraft.models import swap
-
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -24,10 +24,8 @@ def keep_precise(model: nn.Module) -> int:
 
     Args:
         model: Any model; only linear layers under a ``modules_to_save`` whose weights train and
-            are in half precision are touched, and never the output embeddings.
+            are in half precision are touched.
     """
-    core = swap.core(model)
-    output = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
     found = [
         module
         for name, module in model.named_modules()
@@ -35,7 +33,6 @@ def keep_precise(model: nn.Module) -> int:
         and isinstance(module, nn.Linear)
         and module.weight.requires_grad
         and module.weight.dtype in _LOW
-        and module is not output
     ]
     for module in found:
         module.float()

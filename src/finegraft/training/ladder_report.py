@@ -123,7 +123,9 @@ def page(values: Mapping[str, Any], has_chart: bool) -> str:
             else "the true accuracy in 95% of such samples (Wilson)"
         )
         + "; memory is the most that the run's process held; time is that of the training steps "
-        "and of evaluations between them. One seed: repeat a close decision with another --seed.",
+        "and of evaluations between them. A smaller method is recommended instead of the best one "
+        "only if the two cannot be told apart on the same held-out rows. One seed: repeat a close "
+        "decision with another --seed.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -107,6 +107,8 @@ def work(
                     process.wait(_LOOK_SECONDS)
                 for event in tail.read():
                     listener(event)
+        for event in tail.read():  # of a process that ended before it was looked at
+            listener(event)
     finally:
         if process.poll() is None:
             process.kill()

@@ -31,7 +31,7 @@ from finegraft.core.errors import FinegraftError
 from finegraft.core.paths import write_whole
 from finegraft.core.process import keep_freed_memory
 from finegraft.core.schema import TrainConfig, from_file
-from finegraft.data.labels import VALUES
+from finegraft.data.labels import SEVERAL, VALUES
 from finegraft.models import causal_loss, classifier, families, swap
 from finegraft.training import metrics, run
 from finegraft.training.collate import Collator
@@ -81,7 +81,8 @@ def climb(config: TrainConfig, how: str) -> Result | None:
         how: ``base``, ``new`` or ``resume``.
 
     Returns:
-        What ``ladder`` keeps of a rung; None when training was interrupted.
+        What ``ladder`` keeps of a rung, ``rows`` with what each held-out row adds to the quality;
+        None when training was interrupted.
 
     Raises:
         FinegraftError: of the part that found the problem.
@@ -206,7 +207,8 @@ def _causal(config: TrainConfig, data: Any, model: Any) -> Result:
     mean = sum(sums) / sum(tokens)
     low, high = bootstrap(sums, tokens)
     numbers = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": sum(tokens)}
-    return {"quality": mean, "interval": [low, high], "metrics": numbers, "held_out": len(sums)}
+    rows_of = {"sums": sums, "weights": tokens}
+    return {"quality": mean, "interval": [low, high], "metrics": numbers, "rows": rows_of}
 
 
 def _classes(config: TrainConfig, data: Any, model: Any) -> Result:
@@ -215,17 +217,20 @@ def _classes(config: TrainConfig, data: Any, model: Any) -> Result:
     names = data.labels
     measured = metrics.measure(names.problem_type, list(names.names), logits, labels)
     if names.problem_type == VALUES:
-        errors = np.square(logits.reshape(-1) - labels.reshape(-1))
-        quality, interval = measured["mse"], bootstrap(errors.tolist(), [1.0] * len(errors))
+        each = np.square(logits.reshape(-1) - labels.reshape(-1))
+    elif names.problem_type == SEVERAL:
+        each = ((logits >= 0) == (labels > 0)).all(1)
     else:
-        quality = measured["accuracy"]
-        interval = wilson(quality, len(labels))
-    numbers = metrics.numbers(measured)
+        each = logits.argmax(-1) == labels
+    sums, ones = each.astype(float).tolist(), [1.0] * len(labels)
+    quality = sum(sums) / len(sums)
+    values = names.problem_type == VALUES
+    interval = bootstrap(sums, ones) if values else wilson(quality, len(sums))
     return {
         "quality": quality,
         "interval": list(interval),
-        "metrics": numbers,
-        "held_out": len(labels),
+        "metrics": metrics.numbers(measured),
+        "rows": {"sums": sums, "weights": ones},
     }
 
 

@@ -29,7 +29,7 @@ from finegraft.kernels.document_attention.layout import SHORT
 from finegraft.models import causal_loss, families, quantize, swap
 from finegraft.models.locate import locate
 from finegraft.models.tokenizer import prepare
-from finegraft.training import checkpoint, memory
+from finegraft.training import checkpoint, heads, memory
 from finegraft.training.arguments import LEGACY, SFTConfig
 from finegraft.training.collate import IGNORED, Collator
 from finegraft.training.dataset import Rendering, encode, longest_rows
@@ -69,11 +69,14 @@ class SFTTrainer(LoraPlus, trl.SFTTrainer):
         args: ``SFTConfig`` or ``TrainingArguments``, finegraft's or stock.
         train_dataset: Rows: prompt/completion, messages, conversations, alpaca columns, text, or
             ``input_ids``; a ``datasets.Dataset``, a stream, or a list of dictionaries.
+        peft_config: What ``finegraft.get_peft_model`` takes, to attach an adapter here.
         formatting_func: Row to string, or batch to list of strings.
         legacy: Names of older versions, translated with one warning each.
 
     Raises:
         ArgumentError: FG-ARG-001 unknown name, FG-ARG-002 a setting given twice.
+        AdapterError: FG-ADAPT-030, FG-ADAPT-034 what the method cannot; with ``peft_config`` those
+            of ``finegraft.get_peft_model``.
         DataError: rows that cannot be trained on; see ``data``.
     """
 
@@ -97,8 +100,10 @@ class SFTTrainer(LoraPlus, trl.SFTTrainer):
         moved = {name: given.pop(name) for name in _MOVED if name in given}
         args = SFTConfig.from_arguments(args or SFTConfig("outputs"), **moved)
         model, processing_class = _loaded(model, processing_class)
-        self.method = adapters.method_of(model) or _method_for(peft_config)
+        self.method = _method_for(peft_config) or adapters.method_of(model)
         _require_possible(args, self.method)
+        if peft_config is not None:
+            model = adapters.get_peft_model(model, peft_config)
         quantize.protect(model)  # an eval forward of a stock 4-bit model would repack its weights
         self.rendering = _rendering(args, processing_class, formatting_func)
         self.fast_loss = causal_loss.apply(model)
@@ -106,7 +111,7 @@ class SFTTrainer(LoraPlus, trl.SFTTrainer):
         collator = Collator(
             processing_class.pad_token_id or 0,
             flat=families.is_padding_free(model) and not _refusal(self.method, "not_packed"),
-            share_prefix=args.share_prefix and _may_share(model, peft_config),
+            share_prefix=args.share_prefix and _may_share(model),
         )
         self._pad_token = processing_class.pad_token_id or 0
         self.tokens_seen = 0
@@ -119,11 +124,11 @@ class SFTTrainer(LoraPlus, trl.SFTTrainer):
                 train_dataset=encode(train_dataset, self.rendering),
                 eval_dataset=self._encode_eval(eval_dataset),
                 processing_class=processing_class,
-                peft_config=peft_config,
                 **given,
             )
         adapters.accelerate(self.model)
         adapters.train_new_rows(self.model)
+        heads.keep_precise(self.model)
         logger.info("%s", swap.summary(self.model))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,7 +266,7 @@ def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _method_for(peft_config: Any) -> adapters.Method | None:
-    name = adapters.name_of(peft_config)
+    name = getattr(peft_config, "method", None) or adapters.name_of(peft_config)
     return None if name is None else adapters.METHODS.get(name)
 
 
@@ -269,16 +274,26 @@ def _refusal(method: adapters.Method | None, what: str) -> str | None:
     return getattr(method, what, None)
 
 
-def _require_possible(args: SFTConfig, method: adapters.Method | None) -> None:
-    """Raises AdapterError FG-ADAPT-030 for packing and FG-ADAPT-034 for checkpointing."""
+def require_packable(method: adapters.Method | None) -> None:
+    """Prove that rows may be packed for this method.
+
+    Raises:
+        AdapterError: FG-ADAPT-030.
+    """
     reason = _refusal(method, "not_packed")
-    if reason and (args.packing or args.eval_packing):
+    if reason:
         raise AdapterError(
             "FG-ADAPT-030",
             f"packing=True with method '{adapters.name_of(method)}': {reason}",
             allowed="packing=False with this method",
             fix="packing=False, or method='lora', which packs",
         )
+
+
+def _require_possible(args: SFTConfig, method: adapters.Method | None) -> None:
+    """Raises AdapterError FG-ADAPT-030 for packing and FG-ADAPT-034 for checkpointing."""
+    if args.packing or args.eval_packing:
+        require_packable(method)
     reason = _refusal(method, "not_recomputed")
     if reason and args.gradient_checkpointing:
         raise AdapterError(
@@ -368,7 +383,7 @@ def _real_tokens(inputs: dict[str, Any]) -> int:
     return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
 
 
-def _may_share(model: Any, peft_config: Any) -> bool:
+def _may_share(model: Any) -> bool:
     """Whether a beginning computed once is the same as in every row.
 
     It is not with dropout, whose mask every row draws for itself, nor where a sliding window may
@@ -376,7 +391,5 @@ def _may_share(model: Any, peft_config: Any) -> bool:
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window is not None and window < 2 * SHORT:
-        return False
-    if getattr(peft_config, "lora_dropout", 0.0):
         return False
     return not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())

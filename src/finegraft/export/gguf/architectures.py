@@ -164,14 +164,13 @@ def _write_common(writer: GGUFWriter, config: Any) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    if getattr(config, "num_key_value_heads", None) is not None:
-        writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_vocab_size(config.vocab_size)
 
 
 def _write_decoder(writer: GGUFWriter, config: Any) -> None:
     _check_activation(config)
     _write_common(writer, config)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     _write_rope(writer, config)
 
@@ -284,6 +283,7 @@ def _write_gemma(writer: GGUFWriter, config: Any, every: int, large: int) -> Non
     if config.query_pre_attn_scalar != scale:
         raise refuse(f"query_pre_attn_scalar {config.query_pre_attn_scalar} instead of {scale}")
     _write_common(writer, config)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(size)
     writer.add_value_length(size)

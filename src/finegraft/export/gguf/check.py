@@ -1,9 +1,10 @@
 """Read a GGUF file back and compare it with the model that it was made from.
 
-What: ``verify`` returns one check each for names and shapes, every tensor's values, the facts of the
-configuration, and the tokenizer. How: the ``gguf`` package reads the file and dequantizes; the plan
-of the source says what must be there. Constraint: one tensor at a time. Trade-off: this proves that
-the file holds the model; that llama.cpp computes the same from it needs llama.cpp.
+What: ``verify`` returns one check each for names and shapes, for the values of all tensors, for the
+facts of the configuration, and for the tokenizer. How: the ``gguf`` package reads the file and
+dequantizes; the plan of the source says what must be there. Constraint: one tensor at a time.
+Trade-off: this proves that the file holds the model; that llama.cpp computes the same from it
+needs llama.cpp.
 """
 
 from __future__ import annotations

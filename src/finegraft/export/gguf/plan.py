@@ -65,7 +65,7 @@ class Plan:
         """Add every key of the file."""
         config = self.source.config
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(self.source.name)
+        writer.add_name(self.vocabulary.model_name(self.source.name))
         self.architecture.write(writer, config)
         if self.pooling is not None:
             writer.add_pooling_type(self.pooling)

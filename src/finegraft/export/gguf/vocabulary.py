@@ -5,7 +5,8 @@ What: ``read`` turns a fast tokenizer into tokens, types, scores or merges, spec
 what its file spells in many ways (a leading blank, a first token) is found by trying it. Three
 kinds: byte-level BPE, SentencePiece-like BPE with byte fallback, WordPiece. Constraint: as many
 tokens as the embedding has rows; rows without a token are marked unused. Trade-off: tokens that
-swallow blanks beside them (``lstrip``, ``rstrip``) cannot be told to llama.cpp and give a warning.
+swallow blanks beside them (``lstrip``, ``rstrip``) cannot be told to llama.cpp, except for Phi-3's;
+a warning says so.
 
 SentencePiece scores are not in ``tokenizer.json``. They only order the merges, and so does the
 place of a token's merge in the list: the score is minus that place.
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BLANK = "\u2581"
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+# Tokens that llama.cpp looks up in a Phi-3, of which the last three swallow nothing.
+_PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -40,6 +44,7 @@ class Vocabulary:
         pre: Name of the splitting rule.
         ids: Special ids by llama.cpp's names.
         flags: Booleans under ``tokenizer.ggml``.
+        strips: Whether special tokens swallow blanks behind them as Phi-3's do.
     """
 
     model: str
@@ -51,6 +56,17 @@ class Vocabulary:
     ids: dict[str, int] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     template: Any = None
+    strips: bool = False
+
+    def model_name(self, name: str) -> str:
+        """``name`` as it must stand in the file.
+
+        llama.cpp takes the rules for blanks beside Phi-3's special tokens from the model's name,
+        and fails to load a file of that name that lacks the tokens.
+        """
+        if self.strips and not _PHI3.search(name):
+            return f"{name} (phi-3)"
+        return name if self.strips else _PHI3.sub("phi 3", name)
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the ``tokenizer`` keys to a file."""
@@ -112,7 +128,7 @@ def read(
     found.ids = _special_ids(tokenizer, found.model, rows, ends)
     found.flags |= _added(tokenizer, found.ids, whole)
     found.template = _templates(tokenizer)
-    _warn_of_strips(whole)
+    found.strips = _strips_like_phi3(whole)
     return found
 
 
@@ -218,6 +234,7 @@ def _special_ids(tokenizer: Any, model: str, rows: int, ends: tuple[int, ...]) -
     if model == "bert":
         found["bos"] = found["cls"] if found["bos"] is None else found["bos"]
         found["eos"] = found["sep"] if found["eos"] is None else found["eos"]
+        ends = ()  # nothing is generated
     found.pop("cls")  # llama.cpp reads bos in its place
     others = [end for end in ends if end != found["eos"] and end < rows]
     found |= dict(zip(("eot", "eom"), others, strict=False))
@@ -248,10 +265,18 @@ def _templates(tokenizer: Any) -> Any:
     return found
 
 
-def _warn_of_strips(whole: dict[str, Any]) -> None:
-    names = [t["content"] for t in whole["added_tokens"] if t.get("lstrip") or t.get("rstrip")]
-    if names:
+def _strips_like_phi3(whole: dict[str, Any]) -> bool:
+    """Whether the tokens that swallow blanks are those of Phi-3; warns of others."""
+    added = whole["added_tokens"]
+    left = [token["content"] for token in added if token.get("lstrip")]
+    right = {token["content"] for token in added if token.get("rstrip")}
+    names = {token["content"] for token in added}
+    known = bool(right) and not left and names.issuperset(_PHI3_TOKENS)
+    if known and right == names.difference(_PHI3_TOKENS[1:]):
+        return True
+    if left or right:
         logger.warning(
             "llama.cpp keeps the blanks beside %s, this tokenizer swallows them",
-            ", ".join(names[:5]),
+            ", ".join([*left, *sorted(right)][:5]),
         )
+    return False

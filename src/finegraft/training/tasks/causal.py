@@ -24,7 +24,7 @@ from finegraft.models.locate import Located, locate
 from finegraft.training.arguments import SFTConfig
 from finegraft.training.dataset import Rendering, columns
 from finegraft.training.events import EventLog
-from finegraft.training.sft import SFTTrainer
+from finegraft.training.sft import SFTTrainer, require_packable
 from finegraft.training.tasks._contract import (
     Task,
     adapted,
@@ -46,7 +46,13 @@ class _Data:
 
 
 def check(config: TrainConfig, log: EventLog) -> _Data:
-    """Read, recognise and render the rows; the weights are not loaded for it."""
+    """Read, recognise and render the rows; the weights are not loaded for it.
+
+    Raises:
+        AdapterError: FG-ADAPT-030, packing with a method that cannot.
+    """
+    if config.packing:
+        require_packable(adapters.find(config.method)[0])
     rows = layouts.apply_map(read_rows(config.data), config.map)
     name, layout = layouts.detect(rows)
     conversations, tools = layouts.conversations(rows, layout), layouts.tools_of(rows)
@@ -108,6 +114,8 @@ def build(config: TrainConfig, data: _Data) -> SFTTrainer:
     model = adapted(
         config, opened.model, adapters.CAUSAL, has_adapter=opened.located.kind == "adapter"
     )
+    if config.packing:
+        require_packable(adapters.method_of(model))
     how = Rendering(data.tokenizer, config.max_length, packing=config.packing)
     return SFTTrainer(
         model=model,

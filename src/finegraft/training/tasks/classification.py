@@ -67,10 +67,10 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
     )
     examples = labels.read(rows, which, config.data)
     located = locate(config.model, revision=config.revision)
-    found = labels.make(examples, config.problem_type, _given(config))
+    found = labels.make(examples, config.problem_type, given_names(config))
     names = _in_order_of_model(found, located, config.trust_remote_code)
     train, held, warnings = _sides(config, examples, names, which)
-    metric = _metric(config, names, held)
+    metric = chosen(config, names.problem_type, CHOICES[names.problem_type], held is not None)
     tokenizer = opening.open_text_tokenizer(
         located,
         max_seq_length=config.max_length,
@@ -112,7 +112,8 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
     )
 
 
-def _given(config: TrainConfig) -> list[str] | None:
+def given_names(config: TrainConfig) -> list[str] | None:
+    """``class_names`` of the configuration as a list."""
     if config.class_names is None:
         return None
     return [name.strip() for name in config.class_names.split(",") if name.strip()]
@@ -161,7 +162,7 @@ def _sides(
                 f"{len(examples) - len(kept):,} training rows are not used, because their text is "
                 "among the held-out ones"
             )
-        return _not_empty(examples.select(kept)), held, warnings
+        return not_empty(examples.select(kept)), held, warnings
     if not config.eval_fraction:
         return examples, None, ["no rows are held out, so nothing says how good the result is"]
     encoded = names.encode(examples)
@@ -177,11 +178,11 @@ def _sides(
         warnings.append(
             f"a class with one text cannot be split, it is trained and not evaluated: {alone}"
         )
-    train = _not_empty(examples.select(parts.train))
+    train = not_empty(examples.select(parts.train))
     return train, examples.select(parts.held) if parts.held else None, warnings
 
 
-def _not_empty(train: Examples) -> Examples:
+def not_empty(train: Examples) -> Examples:
     """Raises DataError FG-CLASS-018 when the held-out rows leave nothing to train on."""
     if not len(train):
         raise DataError(
@@ -193,19 +194,26 @@ def _not_empty(train: Examples) -> Examples:
     return train
 
 
-def _metric(config: TrainConfig, names: Labels, held: Examples | None) -> str:
-    """The measure that chooses the best epoch."""
-    choices = CHOICES[names.problem_type]
+def chosen(config: TrainConfig, what: str, choices: dict[str, bool], has_eval: bool) -> str:
+    """The measure that chooses the best epoch.
+
+    Args:
+        what: The problem, for the message.
+        choices: Whether more is better, by measure, the default first.
+
+    Raises:
+        ConfigError: FG-CLASS-016, another measure; FG-CLASS-017, none without held-out rows.
+    """
     metric = config.metric_for_best_model or next(iter(choices))
     metric = metric.removeprefix("eval_")
     if metric not in choices:
         raise ConfigError(
             "FG-CLASS-016",
-            f"metric_for_best_model is '{metric}', for {names.problem_type}",
+            f"metric_for_best_model is '{metric}', for {what}",
             allowed=", ".join(choices),
             fix=did_you_mean(metric, choices),
         )
-    if held is None and (config.early_stopping_patience or config.metric_for_best_model):
+    if not has_eval and (config.early_stopping_patience or config.metric_for_best_model):
         raise ConfigError(
             "FG-CLASS-017",
             "early_stopping_patience or metric_for_best_model is set, and no rows are held out",

@@ -1,0 +1,233 @@
+"""``finegraft merge``, ``finegraft export`` and ``finegraft verify``.
+
+What: a run or model in the formats that others run, and the proof that it is what was trained.
+How: ``export._save`` writes and verifies; events become lines on stderr, the result a table.
+Constraint: an export that fails its verification leaves with status 1. Trade-off: the trained model
+is loaded for verifying even where merging needed no model.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finegraft.cli.help import Help
+from finegraft.cli.output import Output, quiet_libraries
+from finegraft.cli.progress import size
+
+STATUS_UNVERIFIED = 1
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Where = Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not reload it and compare it with what was trained.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="bfloat16 or float16; unset, as the base has it."),
+]
+Source = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run, adapter or model folder, or a hub name.")
+]
+
+
+def _run(
+    out: Output, source: str, output: Path, to: str, verify: bool, options: dict[str, Any]
+) -> None:
+    """Export with progress on stderr, show the result, leave with 1 if it is not what it was."""
+    with out.busy("starting"), quiet_libraries():
+        from finegraft.export import _save
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["type"] == "phase":
+            out.note(f"{event['name']} ...")
+        elif event["type"] == "written":
+            out.note(f"wrote {event['path']}, {size(event['bytes'])} in {event['seconds']} s")
+
+    with quiet_libraries():
+        done = _save.export(source, output, to, verify=verify, listener=tell, options=options)
+    values = {
+        "source": source,
+        "exports": [
+            {"format": one.format, "path": one.path, "bytes": one.bytes, **_told(one.report)}
+            for one in done
+        ],
+        "verified": all(one.verified for one in done),
+    }
+    out.result(values, lambda to: _show(done, to))
+    if any(not one.verified and one.report.missing is None for one in done):
+        raise typer.Exit(STATUS_UNVERIFIED)
+
+
+def _told(report: Any) -> dict[str, Any]:
+    values = report.as_dict()
+    return {name: values[name] for name in ("verified", "checks", "cause")}
+
+
+def _show(done: list[Any], to: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for title in ("format", "size", "verified", "path"):
+        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    for one in done:
+        table.add_row(one.format, size(one.bytes), _word(one.report), str(one.path))
+    to.print(table)
+    for one in done:
+        if not one.verified:
+            _explain(one.report, to)
+    to.print("\nNext:")
+    for line in dict.fromkeys(_next(one) for one in done):
+        to.print(f"  {line}", style="bold", markup=False, soft_wrap=True)
+
+
+def _word(report: Any) -> Text:
+    if report.verified:
+        return Text("yes", style="green")
+    return Text("no", style="yellow") if report.missing else Text("FAILED", style="bold red")
+
+
+def _explain(report: Any, to: Console) -> None:
+    words = (
+        f"{report.artefact.name} was not verified: {report.missing}"
+        if report.missing
+        else f"{report.artefact.name} is not what was trained: {report.cause}"
+    )
+    to.print(words, style="yellow" if report.missing else "bold red", markup=False, soft_wrap=True)
+
+
+def _next(one: Any) -> str:
+    """What to type with an export."""
+    path = shlex.quote(str(one.path))
+    return f'finegraft generate {path} "your question"'
+
+
+def merge(
+    ctx: typer.Context,
+    run: Source,
+    output: Where,
+    dtype: Dtype = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest weight file.")
+    ] = "5GB",
+    no_verify: NoVerify = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run as one model in 16 bits, its adapter merged into the base.
+
+    For example:
+
+      finegraft merge runs/first --output merged
+    """
+    options = {"dtype": dtype, "max_shard_size": max_shard_size}
+    options = {name: value for name, value in options.items() if value is not None}
+    _run(ctx.obj, run, output, "merged_16bit", not no_verify, options)
+
+
+def export(
+    ctx: typer.Context,
+    source: Source,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="FORMATS", help="gguf:q4_k_m, merged-16bit, lora, ...; commas."
+        ),
+    ],
+    output: Where,
+    dtype: Dtype = None,
+    no_verify: NoVerify = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run or model in one or several formats, and verify each.
+
+    For example:
+
+      finegraft export runs/first --to gguf:q4_k_m,gguf:q8_0 --output gguf
+    """
+    _run(ctx.obj, source, output, to, not no_verify, {"dtype": dtype} if dtype else {})
+
+
+def verify(
+    ctx: typer.Context,
+    path: Annotated[
+        Path, typer.Argument(metavar="EXPORT", help="A model or adapter folder, or a .gguf file.")
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="RUN|MODEL", help="Unset: what it was exported from."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Reload an export and compare it with what was trained; status 1 if it differs.
+
+    For example:
+
+      finegraft verify gguf/first-Q8_0.gguf --against runs/first
+    """
+    out: Output = ctx.obj
+    with out.busy("verifying"), quiet_libraries():
+        from finegraft.export import _verify
+
+        reports = _verify.verify_all(path, against)
+    values = reports[0].as_dict()
+    if len(reports) > 1:
+        causes = [f"{r.artefact.name}: {r.cause or r.missing}" for r in reports if not r.verified]
+        values = {
+            "verified": not causes,
+            "format": ", ".join(r.format for r in reports),
+            "checks": [
+                {**check, "name": f"{r.artefact.name}: {check['name']}"}
+                for r in reports
+                for check in r.as_dict()["checks"]
+            ],
+            "cause": "; ".join(causes) or None,
+        }
+    out.result(values, lambda to: _show_reports(reports, to))
+    if not all(report.verified for report in reports):
+        raise typer.Exit(STATUS_UNVERIFIED)
+
+
+def _show_reports(reports: list[Any], to: Console) -> None:
+    for report in reports:
+        words = Text.assemble((f"{report.artefact} ({report.format}): "), _verdict(report))
+        to.print(words, soft_wrap=True)
+        if report.missing:
+            to.print(f"  {report.missing}", markup=False, soft_wrap=True)
+            continue
+        table = Table(box=None, padding=(0, 2, 0, 2), pad_edge=True)
+        for title in ("check", "difference", "allowed", ""):
+            table.add_column(
+                title, justify="right" if title in ("difference", "allowed") else "left"
+            )
+        for check in report.checks:
+            mark = Text("ok", style="green") if check.ok else Text("FAILED", style="bold red")
+            value = f"{check.value:.4g}" if abs(check.value) < float("inf") else "none"
+            table.add_row(check.name, value, f"{check.tolerance:.4g}", mark)
+        to.print(table)
+        to.print(
+            f"  compared with {report.against} on {report.rows}",
+            style="dim",
+            markup=False,
+            soft_wrap=True,
+        )
+        if report.cause:
+            to.print(f"  cause: {report.cause}", style="bold red", markup=False, soft_wrap=True)
+        if report.worst:
+            shown = " ".join(report.worst.split())[:70]
+            to.print(f"  largest difference: {shown}", style="dim", markup=False, soft_wrap=True)
+
+
+def _verdict(report: Any) -> tuple[str, str]:
+    if report.verified:
+        return "verified", "bold green"
+    return ("not verified", "bold yellow") if report.missing else ("NOT VERIFIED", "bold red")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (merge, export, verify):
+        app.command(cls=Help)(command)

