@@ -34,6 +34,7 @@ PARTS = {
     "CORE": "Names of formats, methods and kernels",
     "DATA": "Rows and their rendering",
     "DISK": "Folders and disks",
+    "EXPORT": "Exporting",
     "GEN": "Generating",
     "KERNEL": "Kernels",
     "LADDER": "Comparing methods",

@@ -40,6 +40,7 @@ CONFINED = {
     "peft": ("adapters/", "opening.py"),
     "trl": ("training/",),
     "gguf": ("export/gguf/", "models/gguf.py"),
+    "libgguf": ("export/gguf/",),
     "fastapi": ("serving/", "ui/"),
     "uvicorn": ("serving/", "ui/"),
     "starlette": ("serving/", "ui/"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 import finegraft
 from finegraft.export import gguf
 
-sys.path.append(str(Path(__file__).parents[1] / "parity"))
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "parity"))
 
-import gguf_tokenizers
-from llama_cpp import LlamaCpp
+import gguf_tokenizers  # noqa: E402
+from gguf_engine import LlamaCpp  # noqa: E402
 
 TEXT = (
     "The mill stood at the bend of the river, where the water ran fast and cold even in summer. "
@@ -59,26 +61,31 @@ def test_token_ids_and_log_probabilities_equal_transformers(files, demo):
         assert (engine.next_logprobs(ids, rows) - wanted).abs().max() < 0.05
 
 
-def perplexity(file: Path, ids: list[int]) -> float:
-    """Of every token after the eighth."""
+def losses(file: Path, texts: list[list[int]]) -> torch.Tensor:
+    """Of every token after the eighth of each text."""
     engine = LlamaCpp(file)
-    found = [engine.logprob_of(ids[:i], ids[i]) for i in range(8, len(ids))]
-    return math.exp(-sum(found) / len(found))
-
-
-def test_what_quantizing_costs(files, demo):
-    ids = demo[1](TEXT)["input_ids"]
-    full = perplexity(files["f16"], ids)
-    with torch.no_grad():
-        logits = demo[0](input_ids=torch.tensor([ids])).logits[0, 7:-1].float()
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[8:]))
-    assert full == pytest.approx(math.exp(loss), rel=0.005)
-    eight, four = perplexity(files["q8_0"], ids), perplexity(files["q4_k_m"], ids)
-    print(
-        f"\nperplexity: f16 {full:.3f}, q8_0 {eight / full - 1:+.2%}, q4_k_m {four / full - 1:+.2%}"
+    return torch.tensor(
+        [-engine.logprob_of(ids[:i], ids[i]) for ids in texts for i in range(8, len(ids))]
     )
-    assert abs(eight / full - 1) < 0.01
-    assert abs(four / full - 1) < 0.08
+
+
+@pytest.mark.slow
+def test_what_quantizing_costs(files, demo):
+    """654 tokens of prose, documentation and law; one text alone gives 1% either way by chance."""
+    law = (ROOT / "LICENSE").read_text(encoding="utf-8")[3000:5500]
+    texts = [demo[1](text)["input_ids"][:260] for text in (TEXT, heapq.__about__[:3000], law)]
+    full = losses(files["f16"], texts)
+    with torch.no_grad():
+        logits = demo[0](input_ids=torch.tensor([texts[0]])).logits[0, 7:-1].float()
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(texts[0][8:]))
+    assert float(full[: len(texts[0]) - 8].mean()) == pytest.approx(float(loss), abs=0.005)
+    cost = {
+        label: math.exp((losses(files[label], texts) - full).mean()) - 1
+        for label in ("q8_0", "q4_k_m")
+    }
+    print(f"\nperplexity beside f16: q8_0 {cost['q8_0']:+.2%}, q4_k_m {cost['q4_k_m']:+.2%}")
+    assert abs(cost["q8_0"]) < 0.01
+    assert abs(cost["q4_k_m"]) < 0.08
 
 
 def test_verify_agrees_for_every_type(files):

@@ -118,12 +118,11 @@ def test_greedy_answers_of_a_gguf_file_equal_those_of_the_engine_alone(gguf, lla
     with client(llama_cpp) as api:
         for messages in QUESTIONS:
             body = {"messages": messages, "temperature": 0, "max_tokens": 16, "stream": False}
-            direct: list[dict] = []
-            alone.handle_chat_completions(json.dumps(body), direct.append)
-            expected = direct[0]["choices"][0]["message"]["content"]
+            direct = alone.handle_chat_completions(body)
+            expected = direct["choices"][0]["message"]["content"]
             answer = say(api, "small", messages)
             assert answer.choices[0].message.content == expected
-            assert answer.usage.completion_tokens == direct[0]["usage"]["completion_tokens"]
+            assert answer.usage.completion_tokens == direct["usage"]["completion_tokens"]
             assert joined(say(api, "small", messages, stream=True)) == expected
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import training_tiny
 import uvicorn
 
+from finegraft.core.errors import FinegraftError
 from finegraft.serving.app import build
 from finegraft.serving.engines import Ask, Embedded, Engine, Piece, Served
 from finegraft.serving.engines._contract import CHAT, COMPLETIONS, EMBEDDINGS
@@ -28,6 +29,7 @@ CHATML = (
 
 def save_model(folder: Path, **changes: Any) -> Path:
     """A random llama with a chat template."""
+    changes = {"initializer_range": 0.3, **changes}  # smaller ones say nothing at all
     model, tokenizer = training_tiny.llama(**changes), training_tiny.tokenizer()
     tokenizer.chat_template = CHATML
     model.save_pretrained(folder)
@@ -69,7 +71,7 @@ def running(engine: Engine, **options: Any) -> Iterator[str]:
             servers.append((server, asyncio.get_running_loop()))
             asyncio.get_running_loop().call_later(0.05, started.set)
             await server.serve(sockets=[listener])
-        except BaseException as error:
+        except FinegraftError as error:
             failed.append(error)  # raised again by whoever waits
             started.set()
         finally:

@@ -1,11 +1,13 @@
 """Every planted fault makes ``verify`` fail and name it; what is right passes."""
 
+import copy
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
-from export_tiny import adapter, base, change_json, change_weights, trained
+from export_tiny import adapter, base, change_json, change_weights, moved, trained
 from transformers import AutoTokenizer
 
 from finegraft import FastLanguageModel, adapters
@@ -84,7 +86,7 @@ def combined(pair, factor):
         (0, "adapter not merged"),
         (2, "merged twice"),
         (0.5, "scale were 0.5 times"),
-        (3, "LoRA scale"),
+        (3, "scale were 3 times"),
     ],
 )
 def test_adapter_faults(pair, merged, factor, cause):
@@ -273,3 +275,62 @@ def test_gguf_faults_of_tokenizer_and_adapter(gguf_base, tmp_path):
     [record] = gguf.write(_save.gguf_source(open_origin((model, other))), tmp_path / "t", ["f32"])
     fails(record.file, pair, "wrong template")
     assert bare
+
+
+def test_gguf_faults_of_bos_and_rope(gguf_base, tmp_path, monkeypatch):
+    from finegraft.export.gguf import vocabulary
+
+    source = trained(gguf_base)[0], with_bos((trained(gguf_base)[0], None))[1]
+    [good] = _save.export(source, tmp_path / "good", "gguf:f32")
+    assert good.verified, good.report
+    without = AutoTokenizer.from_pretrained(gguf_base)
+    plain = _save.gguf_source(open_origin((source[0], without)))
+    from finegraft.export import gguf
+
+    [record] = gguf.write(plain, tmp_path / "bos", ["f32"])
+    fails(record.file, source, "missing BOS")
+    changed = copy.deepcopy(_save.gguf_source(open_origin(source)).config)
+    changed.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    wrong = dataclasses.replace(_save.gguf_source(open_origin(source)), config=changed)
+    [record] = gguf.write(wrong, tmp_path / "rope", ["f32"])
+    fails(record.file, source, "wrong rope scaling")
+    assert vocabulary is not None
+
+
+def test_a_classifier(tmp_path):
+    from classifier_tiny import base as encoder
+
+    from finegraft import FastClassifier
+
+    encoder(tmp_path / "bert")
+    model, tokenizer = FastClassifier.from_pretrained(str(tmp_path / "bert"), num_labels=3)
+    model = moved(FastClassifier.get_peft_model(model, r=4))
+    source = model, tokenizer
+    for name in ("merged_16bit", "lora"):
+        place = FORMATS.get(name).write(source, tmp_path / name)[0].file
+        report = _verify.verify(place, source)
+        assert report.verified, report
+        assert report.rows == "built-in texts" and "perplexity" not in names(report)
+    change_weights(tmp_path / "merged_16bit", lambda t: {n: v * 1.3 for n, v in t.items()})
+    assert not _verify.verify(tmp_path / "merged_16bit", source).verified
+
+
+def test_a_model_in_half_precision_that_is_answering(folder, tmp_path):
+    model, tokenizer = trained(folder, dtype="bfloat16")
+    FastLanguageModel.for_inference(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    classes = [type(m) for m in model.modules()]
+    [one] = _save.export((model, tokenizer), tmp_path / "out", "merged-16bit")
+    assert one.verified, one.report
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_file_that_llama_cpp_does_not_load(gguf_base, tmp_path):
+    from finegraft.export import gguf
+
+    [record] = gguf.write(str(gguf_base), tmp_path, ["f32"])
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(record.file.read_bytes()[:-50_000])
+    with pytest.raises(ExportError, match="FG-EXPORT-04[23]"):
+        llama_cpp.GgufReader(cut, 640)

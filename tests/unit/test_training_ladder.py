@@ -263,6 +263,7 @@ def test_what_is_done_is_not_done_again(place, bases, here):
     assert here == [("base", "base"), ("lora", "new")]
 
 
+@pytest.mark.slow
 def test_a_stopped_ladder_goes_on_with_the_rung_it_was_in(place, bases, here, monkeypatch):
     whole = ladder.climb(ladder.plan(values(bases, output="whole", max_steps=3), ["lora"]))
     here.clear()
@@ -457,7 +458,7 @@ def test_the_smallest_of_those_that_are_as_good_is_recommended():
         in (told["reason"])
     )
     assert (
-        "100 times fewer trained parameters and 30 s less training, for 2.0 points"
+        "100 times fewer trained parameters and 30 s less training, at the price of 2.0 points"
         in (told["reason"])
     )
 

@@ -165,7 +165,9 @@ class _Verification:
             return checks, None, worst
         cause = cause or reason
         if cause is None and not all(check.ok for check in numbers):
-            cause = causes.of_numbers(self.model, rows, trained, found)
+            cause = causes.of_numbers(
+                self.model, rows, trained, found, merged=self.format != "lora"
+            )
         told = next((check.cause for check in checks if check.cause), None)
         return checks, cause or told or causes.UNKNOWN, worst
 

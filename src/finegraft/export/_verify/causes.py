@@ -23,6 +23,9 @@ from finegraft.models import swap
 
 # A candidate explains the export when it is this much nearer to it than the trained model is.
 _NEARER = 0.35
+_ASKED = 3  # rows, the shortest ones
+_SCALES = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)  # of a LoRA, times the trained one
+_STEPS = 8
 ROWS_OFF = 0.02  # bfloat16 rounds to 0.004
 
 MISSING_BOS = "missing BOS: the export's prompts lack the token that training began with"
@@ -37,7 +40,7 @@ HEAD_OWN = "untied head: the trained head is the embedding, the export has anoth
 HEAD_LOST = "untied head: the export's settings say that it has a head of its own, and it has none"
 NOT_MERGED = "adapter not merged: the export answers like the base model"
 TWICE = "adapter merged twice: the export answers like the base with twice the adapter"
-SCALE = "wrong LoRA scale: the export answers as if the scale were {0:.3g} times the trained one"
+SCALE = "wrong LoRA scale: the export answers as if the scale were {0:.2g} times the trained one"
 PERMUTED = "q/k permutation: the rows of the query and key weights are in another order"
 UNKNOWN = "the export gives other probabilities, and none of the known faults explains it"
 
@@ -156,45 +159,60 @@ def off_rows(model: Any, other: Any, ids: Sequence[int]) -> float:
 
 
 def of_numbers(
-    model: Any, rows: Sequence[Row], trained: Trained, found: Sequence[torch.Tensor]
+    model: Any,
+    rows: Sequence[Row],
+    trained: Trained,
+    found: Sequence[torch.Tensor],
+    *,
+    merged: bool,
 ) -> str:
-    """Which fault, made in the trained model, gives the numbers of the export."""
-    limit = _NEARER * measure.distance(rows, trained.scores, found)
-    best, cause = limit, UNKNOWN
+    """Which fault, made in the trained model, gives the numbers of the export.
 
-    def consider(scores: Sequence[torch.Tensor], words: str) -> None:
-        nonlocal best, cause
-        off = measure.distance(rows, scores, found)
-        if off < best:
-            best, cause = off, words
-
+    Args:
+        merged: Whether the export should have the adapter in its weights.
+    """
+    short = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[:_ASKED]
+    rows, there = [rows[i] for i in short], [found[i] for i in short]
+    off = measure.distance(rows, [trained.scores[i] for i in short], there)
+    tried: dict[str, float] = {}
     if trained.base is not None:
-        consider(trained.base, NOT_MERGED)
+        tried[NOT_MERGED] = measure.distance(rows, [trained.base[i] for i in short], there)
     with _stock(model):
-        for factor in _factors(trained, found, model):
-            with measure.scaled(model, factor):
-                words = TWICE if factor == 2 else SCALE.format(factor)
-                consider(readers.score(model, rows), words)
+        factor, distance = _scale(model, rows, there) if trained.base is not None else (1, off)
+        twice = merged and abs(factor - 2) < 0.05
+        tried[TWICE if twice else SCALE.format(factor)] = distance
         for backwards in (False, True):
-            with _permuted(model, backwards) as there:
-                if there:
-                    consider(readers.score(model, rows), PERMUTED)
-    return cause
+            with _permuted(model, backwards) as possible:
+                if possible:
+                    distance = measure.distance(rows, readers.score(model, rows), there)
+                    tried[PERMUTED] = min(distance, tried.get(PERMUTED, math.inf))
+    best = min(tried, key=lambda cause: tried[cause])
+    return best if tried[best] < _NEARER * off else UNKNOWN
 
 
-def _factors(trained: Trained, found: Sequence[torch.Tensor], model: Any) -> list[float]:
-    """Scales to try: twice, what other formulas of the scale give, and what the share suggests."""
+def _scale(model: Any, rows: Sequence[Row], found: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """The factor of the LoRA that comes nearest to the export, and how near it comes."""
     layers = [m for m in model.modules() if hasattr(m, "scaling") and hasattr(m, "lora_A")]
-    if not layers or trained.base is None:
-        return []
+    if not layers:
+        return 1.0, math.inf
     name = next(iter(layers[0].scaling))
-    rank = layers[0].r[name]
-    wanted = [2.0, 0.5, 4.0, 0.25, math.sqrt(rank), 1 / math.sqrt(rank)]
-    wanted.append(1 / (layers[0].scaling[name] or 1.0))
-    seen = measure.share(trained, found, 0.0)
-    if seen is not None and 0.02 < seen < 50:
-        wanted.append(seen)
-    return [f for f in dict.fromkeys(wanted) if abs(f - 1) > 0.02]
+    root = math.sqrt(layers[0].r[name])
+    known = {*_SCALES, root, 1 / root, 1 / (layers[0].scaling[name] or 1.0)}
+
+    def distance(factor: float) -> float:
+        with measure.scaled(model, factor):
+            return measure.distance(rows, readers.score(model, rows), found)
+
+    tried = {factor: distance(factor) for factor in known if abs(factor - 1) > 0.02}
+    nearest = min(tried, key=lambda f: tried[f])
+    step = 1.25
+    for _ in range(_STEPS):
+        for factor in (nearest * step, nearest / step):
+            tried.setdefault(factor, distance(factor))
+        better = min(tried, key=lambda f: tried[f])
+        step = step if better != nearest else math.sqrt(step)
+        nearest = better
+    return nearest, tried[nearest]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from finegraft.core.errors import ExportError
-from finegraft.core.hardware import facts
 from finegraft.export._verify.prompts import LONGEST, TOKENS, Row
 
 _LIKELIEST = 64
@@ -63,7 +62,7 @@ class GgufReader:
         settings.port = 0
         settings.warmup = False
         settings.verbosity = -1
-        settings.cpuparams.n_threads = facts().cores
+        settings.cpuparams.n_threads = torch.get_num_threads()
         try:
             self.server = library.Server(settings)
         except (RuntimeError, ValueError) as error:

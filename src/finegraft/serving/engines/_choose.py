@@ -11,11 +11,15 @@ Shapes: v vocabulary.
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Any
 
 import torch
 
 from finegraft.serving.engines._contract import Options, Token
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Chooser:
@@ -83,4 +87,26 @@ class Chooser:
 
     def _token(self, token: int, logprob: float, top: tuple[Token, ...] = ()) -> Token:
         text = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return Token(text, text.encode("utf-8", "replace"), logprob, top)
+        return Token(text, _bytes(self.tokenizer, token, text), logprob, top)
+
+
+def _bytes(tokenizer: Any, token: int, text: str) -> bytes:
+    """A token's own bytes, also where they are a part of a character only."""
+    if "\ufffd" not in text:
+        return text.encode("utf-8", "replace")
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    alone = _BYTE_PIECE.fullmatch(piece)
+    if alone:  # as SentencePiece writes them
+        return bytes([int(alone[1], 16)])
+    known = _letters()
+    if all(letter in known for letter in piece):
+        return bytes(known[letter] for letter in piece)
+    return text.encode("utf-8", "replace")
+
+
+@functools.cache
+def _letters() -> dict[str, int]:
+    """Bytes by the letters that byte-level tokenizers write for them."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
