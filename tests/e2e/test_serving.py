@@ -263,6 +263,48 @@ def test_the_demo_encoder_gives_vectors(tmp_path):
     assert alike(first, second) > 0.5 > 0.3 > alike(first, third)
 
 
+def test_gguf_adapters_answer_as_generate_does(tuned, tmp_path):
+    import torch
+
+    from finegraft import FastLanguageModel, local_model
+    from finegraft.export import gguf
+    from finegraft.inference.generate import complete
+
+    expected, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, source in (("pirate", tuned), ("small", "demo")):
+        model, tokenizer = FastLanguageModel.from_pretrained(str(source), dtype="float32")
+        expected[name] = complete(model, tokenizer, QUESTIONS, max_new_tokens=12)
+    torch.set_num_threads(threads)
+    file, adapter = tmp_path / "small.gguf", tmp_path / "pirate.gguf"
+    gguf.write(local_model("demo"), file, "f32")
+    gguf.write_lora(tuned, adapter, base=str(local_model("demo")))
+    words = (file, "--adapter", f"pirate={adapter}", "--context", 256, "--slots", 2)
+    with served(*words, cwd=tmp_path) as (url, _), client(url) as api:
+        assert [(m.id, m.parent) for m in api.models.list()] == [
+            ("small", None),
+            ("pirate", "small"),
+        ]
+        for name, texts in expected.items():
+            answers = [say(api, name, q, max_tokens=12) for q in QUESTIONS]
+            assert [answer.choices[0].message.content for answer in answers] == texts
+
+
+def test_a_gguf_encoder_gives_the_vectors_of_the_folder(tmp_path):
+    from finegraft import local_model
+    from finegraft.export import gguf
+
+    file = tmp_path / "encoder.gguf"
+    gguf.write(local_model("demo-encoder"), file, "f32", pooling="mean")
+    texts, vectors = ["A cat sits on a mat.", "Rates went up."], []
+    for model in (file, "demo-encoder"):
+        with served(model, "--name", "e", cwd=tmp_path) as (url, _), client(url) as api:
+            rows = api.embeddings.create(model="e", input=texts).data
+            vectors.append([row.embedding for row in rows])
+    for ours, theirs in zip(*vectors, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-3)
+
+
 @pytest.mark.slow
 def test_sixty_four_streams_for_two_minutes(llama_cpp):
     """No error but 429, no stream that stops half-way, places free at the end."""

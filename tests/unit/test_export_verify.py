@@ -179,11 +179,6 @@ def test_dropped_new_tokens(folder, tmp_path):
     alone = FORMATS.get("lora").write(source, tmp_path / "lora")[0].file
     assert _verify.verify(alone, source).verified
 
-    def untrained(tensors):
-        table = tensors["model.embed_tokens.weight"].clone()
-        table[-2:] = table[:-2].mean(0)
-        return {**tensors, "model.embed_tokens.weight": table}
-
     ids = tokenizer.convert_tokens_to_ids(["<order>", "<ship>"])
 
     def start(tensors):
@@ -236,12 +231,10 @@ def test_tolerances_name_every_type():
     assert all(math.isfinite(t.log_probs) for t in _verify.TOLERANCES.values())
 
 
-pytest.importorskip("xllamacpp", reason="llama.cpp is an extra: pip install 'finegraft[serve]'")
-
-
 @pytest.fixture(scope="module")
 def gguf_base(tmp_path_factory):
     """llama.cpp wants heads and widths in blocks of 32."""
+    pytest.importorskip("xllamacpp", reason="an extra: pip install 'finegraft[serve]'")
     place = tmp_path_factory.mktemp("gguf") / "base"
     return base(place, num_attention_heads=2, num_key_value_heads=1)
 
@@ -263,23 +256,18 @@ def test_gguf_passes_and_a_missing_permutation_fails(gguf_base, tmp_path, monkey
 def test_gguf_faults_of_tokenizer_and_adapter(gguf_base, tmp_path):
     pair = trained(gguf_base)
     model, tokenizer = pair
-    bare = (model.get_base_model(), tokenizer)
     from finegraft.export import gguf
 
-    with model.disable_adapter():
-        source = _save.gguf_source(open_origin(str(gguf_base)))
+    source = _save.gguf_source(open_origin(str(gguf_base)))
     [record] = gguf.write(source, tmp_path / "base", ["f32"])
     fails(record.file, pair, "adapter not merged")
     other = AutoTokenizer.from_pretrained(gguf_base)
     other.chat_template = other.chat_template.replace("<|im_end|>", "<|end|>")
     [record] = gguf.write(_save.gguf_source(open_origin((model, other))), tmp_path / "t", ["f32"])
     fails(record.file, pair, "wrong template")
-    assert bare
 
 
-def test_gguf_faults_of_bos_and_rope(gguf_base, tmp_path, monkeypatch):
-    from finegraft.export.gguf import vocabulary
-
+def test_gguf_faults_of_bos_and_rope(gguf_base, tmp_path):
     source = trained(gguf_base)[0], with_bos((trained(gguf_base)[0], None))[1]
     [good] = _save.export(source, tmp_path / "good", "gguf:f32")
     assert good.verified, good.report
@@ -289,12 +277,16 @@ def test_gguf_faults_of_bos_and_rope(gguf_base, tmp_path, monkeypatch):
 
     [record] = gguf.write(plain, tmp_path / "bos", ["f32"])
     fails(record.file, source, "missing BOS")
+    twice = with_bos((source[0], None))[1]
+    twice.chat_template = "{{ bos_token }}" + twice.chat_template
+    plain = _save.gguf_source(open_origin((source[0], twice)))
+    [record] = gguf.write(plain, tmp_path / "twice", ["f32"])
+    fails(record.file, source, "doubled BOS")
     changed = copy.deepcopy(_save.gguf_source(open_origin(source)).config)
     changed.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     wrong = dataclasses.replace(_save.gguf_source(open_origin(source)), config=changed)
     [record] = gguf.write(wrong, tmp_path / "rope", ["f32"])
     fails(record.file, source, "wrong rope scaling")
-    assert vocabulary is not None
 
 
 def test_a_classifier(tmp_path):
@@ -332,5 +324,5 @@ def test_a_file_that_llama_cpp_does_not_load(gguf_base, tmp_path):
     [record] = gguf.write(str(gguf_base), tmp_path, ["f32"])
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(record.file.read_bytes()[:-50_000])
-    with pytest.raises(ExportError, match="FG-EXPORT-04[23]"):
+    with pytest.raises(ExportError, match="FG-EXPORT-042"):
         llama_cpp.GgufReader(cut, 640)

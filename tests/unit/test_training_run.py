@@ -7,7 +7,7 @@ import json
 import pytest
 from training_tiny import llama, rows, tokenizer
 
-from finegraft.core.errors import ConfigError
+from finegraft.core.errors import ConfigError, FinegraftError
 from finegraft.core.schema import build, from_file
 from finegraft.training import plot
 from finegraft.training.events import by_step, read_events
@@ -84,3 +84,18 @@ def test_a_curve_shows_each_step_once(tmp_path):
     file.write_text("")
     assert not plot.loss_curve(file, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"method": "lorra"}, "FG-ADAPT-010.*lorra"),
+        ({"method": "ia3", "r": 8}, "FG-CONF-006.*r with method 'ia3'"),
+        ({"bnb_4bit_quant_type": "fp4"}, "FG-MODEL-016.*bnb_4bit_quant_type"),
+    ],
+)
+def test_settings_that_fit_no_method_are_told_before_rows_are_read(tmp_path, wrong, said):
+    config = build({"model": "demo", "data": str(tmp_path / "missing"), **wrong})
+    with pytest.raises(FinegraftError, match=said):
+        train(config.model_copy(update={"output": str(tmp_path / "run")}))
+    assert list(tmp_path.iterdir()) == []

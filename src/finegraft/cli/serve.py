@@ -17,6 +17,7 @@ from finegraft.cli.help import Help
 from finegraft.cli.output import Output, quiet_libraries
 from finegraft.cli.talk import FourBit, Json
 from finegraft.core.errors import ConfigError
+from finegraft.serving.engines import ENGINES
 
 KEY_VARIABLE = "FINEGRAFT_API_KEY"
 
@@ -57,7 +58,7 @@ def serve(
         str | None, typer.Option("--name", metavar="NAME", help="The id that clients use.")
     ] = None,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="auto, llamacpp, inprocess, vllm.")
+        str, typer.Option("--engine", metavar="NAME", help=", ".join(["auto", *ENGINES.names()]))
     ] = "auto",
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Others than this machine need a key.")

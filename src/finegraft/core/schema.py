@@ -94,7 +94,7 @@ class TrainConfig(BaseModel):
         True, "compute what all rows of a batch begin with once; same gradients", "data"
     )
 
-    method: str = _field("lora", "how to tune: lora, dora, bottleneck, prefix, full, ...; see docs/methods.md", "adapter")
+    method: str = _field("lora", "how to tune: lora, dora, bottleneck, full, ...", "adapter")
     method_settings: dict[str, Any] = _field({}, "further settings of the method", "adapter")
     r: int = _field(16, "LoRA rank; 0 with full_finetuning", "adapter", ge=0)
     lora_alpha: int = _field(16, "LoRA scale is alpha / r", "adapter", gt=0)

@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator
 
 from finegraft.core.errors import DataError
 
-FULL = "FG-SERVE-010"
-
 
 class Gate:
     """Places for requests.
@@ -46,7 +44,7 @@ class Gate:
         """
         if self._free.locked() and self.waiting >= self.most_waiting:
             raise DataError(
-                FULL,
+                "FG-SERVE-010",
                 f"{self.inside} requests are being answered and {self.waiting} are waiting",
                 allowed=f"{self.slots} at a time and {self.most_waiting} in the queue",
                 fix=f"try again in {self.retry_after} s; the server's --slots and --queue set this",

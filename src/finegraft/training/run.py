@@ -29,7 +29,7 @@ from finegraft.core.schema import TrainConfig, foreign
 from finegraft.training import checkpoint, plot
 from finegraft.training.events import EventLog, Listener, RunCallback
 from finegraft.training.tasks import TASKS
-from finegraft.training.tasks._contract import Checked
+from finegraft.training.tasks._contract import Checked, quantization, settings
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ def train(
         FinegraftError: of the part that found the problem; nothing half-written is left.
     """
     require_own_keys(config)
+    settings(config)  # a method that is not there is told before rows are read
+    quantization(config)
     run = Path(config.output)
     log = EventLog(listener)
     if resume:

@@ -1,6 +1,6 @@
 """A small HTTP client for an engine that is a server itself.
 
-What: ``post`` sends JSON to an address of this machine and reads an answer or a stream of events.
+What: ``request`` sends JSON to an address of this machine and reads an answer or a stream of events.
 How: asyncio's sockets with ``h11``, which uvicorn brings along. Constraint: leaving the block
 closes the connection, which is how such engines learn that nobody reads on. Trade-off: a connection
 for each request, 0.2 ms on a loopback.
@@ -18,7 +18,6 @@ from typing import Any
 from finegraft.core.errors import DataError, FinegraftError, ModelError
 from finegraft.serving.engines._contract import Ask, Embedded, Piece, Token
 
-DOWN = "FG-SERVE-024"
 _CHUNK_BYTES = 1 << 16
 
 
@@ -79,7 +78,9 @@ async def _next(connection: Any, reader: asyncio.StreamReader) -> Any:
 
 def down(why: str) -> ModelError:
     """The error for an engine that does not answer; its status is 503."""
-    return ModelError(DOWN, f"the engine does not answer: {why}", fix="see the server's log")
+    return ModelError(
+        "FG-SERVE-024", f"the engine does not answer: {why}", fix="see the server's log"
+    )
 
 
 @contextlib.asynccontextmanager
