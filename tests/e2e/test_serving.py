@@ -287,7 +287,9 @@ def test_gguf_adapters_answer_as_generate_does(tuned, tmp_path):
         ]
         for name, texts in expected.items():
             answers = [say(api, name, q, max_tokens=12) for q in QUESTIONS]
-            assert [answer.choices[0].message.content for answer in answers] == texts
+            # llama.cpp leaves out a character of which the last token is only the beginning
+            whole = [text.rstrip("\ufffd") for text in texts]
+            assert [answer.choices[0].message.content for answer in answers] == whole
 
 
 def test_a_gguf_encoder_gives_the_vectors_of_the_folder(tmp_path):

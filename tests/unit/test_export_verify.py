@@ -255,7 +255,7 @@ def test_gguf_passes_and_a_missing_permutation_fails(gguf_base, tmp_path, monkey
 
 def test_gguf_faults_of_tokenizer_and_adapter(gguf_base, tmp_path):
     pair = trained(gguf_base)
-    model, tokenizer = pair
+    model = pair[0]
     from finegraft.export import gguf
 
     source = _save.gguf_source(open_origin(str(gguf_base)))

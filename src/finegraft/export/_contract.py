@@ -54,8 +54,8 @@ class Format:
         summary: One line for help texts and docs.
         variants: Names that may follow the format's own, ``gguf:q8_0`` say, each with one line.
         options: Keywords of ``write`` that a user may set, each with one line.
-        problems: ``problems(source, path, types, **options)`` returns the errors that ``write`` would
-            raise, an empty list where nothing stands in the way.
+        problems: ``problems(source, path, types, **options)`` returns the errors that ``write``
+            would raise, an empty list where nothing stands in the way.
         write: ``write(source, path, types, **options)`` returns what it wrote.
         verify: ``verify(source, file, **options)`` reads ``file`` back and compares.
     """

@@ -52,6 +52,13 @@ class Origin:
             return classifier.kind_of(self.located) or classifier.CAUSAL
         return classifier.kind_of(self.located) or ENCODER
 
+    @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter beside the weights."""
+        if self.in_memory is not None:
+            return hasattr(self.in_memory, "peft_config")
+        return bool(self.located.kind == "adapter")
+
     @functools.cached_property
     def tokenizer(self) -> Any:
         """As it was trained."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finegraft.core.arguments import Drop, translate
 from finegraft.core.errors import ExportError, did_you_mean
 from finegraft.export import FORMATS, _card, _verify
@@ -183,7 +185,8 @@ def gguf_source(origin: Origin) -> Any:
     """The merged weights of ``origin`` as the GGUF writer takes them, unread."""
     from finegraft.export.gguf.source import Source
 
-    plain = open_plain(origin)
+    # bfloat16 would lose updates below half a step of a weight: F16 then had 0.9 of the adapter
+    plain = open_plain(origin, torch.float32 if origin.adapted else None)
     settings = plain.generation or plain.config
     ends = getattr(settings, "eos_token_id", None)
     ends = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)

@@ -41,6 +41,10 @@ HEAD_LOST = "untied head: the export's settings say that it has a head of its ow
 NOT_MERGED = "adapter not merged: the export answers like the base model"
 TWICE = "adapter merged twice: the export answers like the base with twice the adapter"
 SCALE = "wrong LoRA scale: the export answers as if the scale were {0:.2g} times the trained one"
+ROUNDED = (
+    "wrong LoRA scale, or small updates lost in rounding: the export answers as if the scale were "
+    "{0:.2g} times the trained one; dtype float16 keeps more than bfloat16"
+)
 PERMUTED = "q/k permutation: the rows of the query and key weights are in another order"
 UNKNOWN = "the export gives other probabilities, and none of the known faults explains it"
 
@@ -179,8 +183,11 @@ def of_numbers(
         tried[NOT_MERGED] = measure.distance(rows, [trained.base[i] for i in short], there)
     with _stock(model):
         factor, distance = _scale(model, rows, there) if trained.base is not None else (1, off)
-        twice = merged and abs(factor - 2) < 0.05
-        tried[TWICE if twice else SCALE.format(factor)] = distance
+        words = SCALE.format(factor)
+        if merged:
+            words = TWICE if abs(factor - 2) < 0.05 else words
+            words = ROUNDED.format(factor) if 0.7 < factor < 1 else words
+        tried[words] = distance
         for backwards in (False, True):
             with _permuted(model, backwards) as possible:
                 if possible:

@@ -1,9 +1,9 @@
 """A small HTTP client for an engine that is a server itself.
 
-What: ``request`` sends JSON to an address of this machine and reads an answer or a stream of events.
-How: asyncio's sockets with ``h11``, which uvicorn brings along. Constraint: leaving the block
-closes the connection, which is how such engines learn that nobody reads on. Trade-off: a connection
-for each request, 0.2 ms on a loopback.
+What: ``request`` sends JSON to an address of this machine and reads an answer or a stream of
+events. How: asyncio's sockets with ``h11``, which uvicorn brings along. Constraint: leaving the
+block closes the connection, which is how such engines learn that nobody reads on. Trade-off: a
+connection for each request, 0.2 ms on a loopback.
 """
 
 from __future__ import annotations
