@@ -117,7 +117,7 @@ def merge(
     no_verify: NoVerify = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run as one model in 16 bits, its adapter merged into the base.
+    """Write a run as one 16-bit model, its adapter merged in.
 
     For example:
 
@@ -142,7 +142,7 @@ def export(
     no_verify: NoVerify = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run or model in one or several formats, and verify each.
+    """Write a run or model in several formats, each of them verified.
 
     For example:
 
@@ -162,7 +162,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Reload an export and compare it with what was trained; status 1 if it differs.
+    """Reload an export and compare it with what was trained.
 
     For example:
 

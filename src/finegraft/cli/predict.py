@@ -204,7 +204,7 @@ def predict(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Classify texts with a model of `finegraft train --task classification`.
+    """Label texts with a classifier that `finegraft train` made.
 
     A model of --task token_classification finds the spans in them.
     For example:
