@@ -19,74 +19,14 @@ from peft import PeftConfig, TaskType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from torch import nn
 
-from finegraft import adapters
-from finegraft.adapters import _virtual
-from finegraft.adapters._contract import CAUSAL, SEQUENCE, TOKEN
+from finegraft.adapters import _methods, _virtual
+from finegraft.adapters._task import task_named, task_of
 from finegraft.core.arguments import Rename, translate
-from finegraft.core.errors import AdapterError, did_you_mean
+from finegraft.core.errors import AdapterError
 from finegraft.models import swap
 
-_WORDS = {
-    "text-generation": CAUSAL,
-    "causal-lm": CAUSAL,
-    "causal": CAUSAL,
-    "classification": SEQUENCE,
-    "text-classification": SEQUENCE,
-    "sequence-classification": SEQUENCE,
-    "token-classification": TOKEN,
-    "ner": TOKEN,
-}
-_ENDINGS = {
-    "ForCausalLM": CAUSAL,
-    "LMHeadModel": CAUSAL,
-    "ForSequenceClassification": SEQUENCE,
-    "ForTokenClassification": TOKEN,
-}
 _SAVED_ONLY = {"peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"}
 _SAVED_ONLY |= {"base_model_name_or_path", "revision"}
-
-
-def task_named(name: Any) -> str | None:
-    """peft's name of a task; None stays None.
-
-    Raises:
-        AdapterError: FG-ADAPT-043, no such task.
-    """
-    if name is None:
-        return None
-    text = str(getattr(name, "value", name))
-    known = [task.value for task in TaskType]
-    found = text.upper() if text.upper() in known else _WORDS.get(text.lower().replace("_", "-"))
-    if found is None:
-        raise AdapterError(
-            "FG-ADAPT-043",
-            f"task_type={text!r}",
-            allowed=", ".join([*known, *_WORDS]),
-            fix=f"leave it out, which reads it off the model, or {did_you_mean(text, _WORDS)}",
-        )
-    return found
-
-
-def task_of(model: nn.Module) -> str:
-    """The task that the class of ``model`` is made for.
-
-    Raises:
-        AdapterError: FG-ADAPT-042, its class has no head or one of another kind.
-    """
-    core: Any = swap.core(model)
-    name = swap.stock_class(core).__name__
-    if name.endswith("ForConditionalGeneration") and not core.config.is_encoder_decoder:
-        return CAUSAL
-    for ending, task in _ENDINGS.items():
-        if name.endswith(ending):
-            return task
-    raise AdapterError(
-        "FG-ADAPT-042",
-        f"{name} does not say what it is to be trained for",
-        allowed="a class ending in " + ", ".join(_ENDINGS),
-        fix="load it with AutoModelForCausalLM or AutoModelForSequenceClassification, or pass "
-        f"task_type='{CAUSAL}'",
-    )
 
 
 class _Translated:
@@ -175,8 +115,8 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = "defa
     """
     method, task, settings = described(model, peft_config)
     if method is not None:
-        return adapters.attach(model, method, task_type=task, adapter_name=adapter_name, **settings)
-    adapters.check_bare(model)
+        return _methods.attach(model, method, task_type=task, adapter_name=adapter_name, **settings)
+    _methods.check_bare(model)
     config = copy.deepcopy(peft_config)
     config.task_type = TaskType(task)
     try:
@@ -205,7 +145,7 @@ def described(model: nn.Module, config: Any) -> tuple[str | None, str, dict[str,
             fix="get_peft_model(model, LoraConfig(r=16))",
         )
     task = task_named(config.task_type) or task_of(model)
-    name = adapters.name_of(config)
+    name = _methods.name_of(config)
     settings = {} if name is None else _given(config)
     if name == "prefix":  # peft's default is not that of the method
         settings["init_weights"] = config.init_weights

@@ -23,8 +23,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from finegraft import adapters
-from finegraft.adapters import _plugin, _tokens
+from finegraft.adapters import _methods, _plugin, _tokens
 from finegraft.core.errors import AdapterError, ModelError
 from finegraft.models import _stream, quantize, swap, weights
 
@@ -75,7 +74,7 @@ def merge_to_16bit(
             FG-ADAPT-072 ``base`` does not hold the original weights, FG-ADAPT-073 several active
             adapters, FG-ADAPT-075 a model that lacks weights of its class.
     """
-    _check(model)
+    check_mergeable(model)
     core = swap.core(model)
     found = quantize.quantized_layers(core) if getattr(core, "is_quantized", False) else {}
     layers = {_plain_name(name): module for name, module in found.items()}
@@ -83,7 +82,7 @@ def merge_to_16bit(
     stored: dict[str, Any] = {}
     if layers and base != "dequantized":
         folder = Path(base or core.config.name_or_path)
-        stored, reason = _originals(folder, layers)
+        stored, reason = original_weights(folder, layers)
         if reason and base:
             raise AdapterError(
                 "FG-ADAPT-072",
@@ -106,7 +105,7 @@ def merge_to_16bit(
     return Merged(merged, kind, folder if kind == ORIGINAL else None, reason)
 
 
-def _check(model: nn.Module) -> None:
+def check_mergeable(model: nn.Module) -> None:
     """Raises AdapterError FG-ADAPT-070, FG-ADAPT-071 or FG-ADAPT-073."""
     if not hasattr(model, "peft_config"):
         raise AdapterError(
@@ -123,7 +122,7 @@ def _check(model: nn.Module) -> None:
             allowed="one active adapter",
             fix="model.set_adapter(name) chooses one; combine several before merging",
         )
-    method = adapters.method_of(model)
+    method = _methods.method_of(model)
     if method is not None and method.not_mergeable:
         raise AdapterError(
             "FG-ADAPT-071",
@@ -145,7 +144,7 @@ def _dtype_of(core: Any, layers: dict[str, Any]) -> torch.dtype:
     return wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
 
 
-def _originals(folder: Path, layers: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+def original_weights(folder: Path, layers: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Unread original weights by parameter name; or nothing, and why."""
     if not folder.is_dir():
         return {}, f"{folder} is not a folder"

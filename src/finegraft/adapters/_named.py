@@ -19,8 +19,8 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType
 from torch import nn
 
-from finegraft import adapters
-from finegraft.adapters import _configs, _plugin, ia3, lora
+from finegraft.adapters import _configs, _methods, _plugin, _tokens, ia3, lora
+from finegraft.adapters._task import task_of
 from finegraft.core.errors import AdapterError, did_you_mean
 
 COMBINATIONS = ("cat", "linear", "svd")
@@ -57,7 +57,7 @@ def listed(model: Any) -> list[NamedAdapter]:
         rows.append(
             NamedAdapter(
                 name=name,
-                method=adapters.name_of(config) or str(config.peft_type.value).lower(),
+                method=_methods.name_of(config) or str(config.peft_type.value).lower(),
                 active=name in active,
                 parameters=sum(p.numel() for p in own),
                 trainable=sum(p.numel() for p in own if p.requires_grad),
@@ -89,19 +89,19 @@ def add(
         found, task, settings = _configs.described(model, config)
         method = found or ""
     else:
-        method, task = method or "lora", _configs.task_of(model)
+        method, task = method or "lora", task_of(model)
     if not hasattr(model, "peft_config"):
         _check_name(name, {})
         if config is not None:
             return _configs.get_peft_model(model, config, adapter_name=name)
-        return adapters.attach(model, method, task_type=task, adapter_name=name, **settings)
+        return _methods.attach(model, method, task_type=task, adapter_name=name, **settings)
     _check_name(name, _configs_of(model))
     made = _second(model, method, task, settings) if method else config
     try:
         model.add_adapter(name, made)
     except (ValueError, TypeError) as error:
         raise _refused(error) from error
-    adapters.train_new_rows(model, name)
+    _tokens.train_new_rows(model, name)
     return switch(model, name)
 
 
@@ -220,10 +220,10 @@ def delete(model: Any, name: str) -> Any:
 
 def _second(model: Any, method: str, task: str, settings: dict[str, Any]) -> Any:
     """The configuration of a further adapter on a model that carries some."""
-    found, preset = adapters.find(method)
-    adapters.check(model, method, task)
+    found, preset = _methods.find(method)
+    _methods.check(model, method, task)
     settings = {**preset, **settings}
-    check_kind(model, adapters.name_of(found))
+    check_kind(model, _methods.name_of(found))
     start = str(settings.get("init_lora_weights", "")).lower()
     if start.startswith(_REWRITES_BASE):
         raise AdapterError(
@@ -268,7 +268,7 @@ def check_kind(model: Any, method: str | None) -> None:
     Raises:
         AdapterError: FG-ADAPT-047.
     """
-    carried = adapters.name_of(next(iter(_configs_of(model).values())))
+    carried = _methods.name_of(next(iter(_configs_of(model).values())))
     if carried != method:
         raise AdapterError(
             "FG-ADAPT-047",
@@ -300,7 +300,7 @@ def _uncombinable(
     if not chosen or len(weights) != len(chosen):
         return f"{len(chosen)} adapters and {len(weights)} weights"
     for name, config in chosen:
-        if adapters.name_of(config) != "lora":
+        if _methods.name_of(config) != "lora":
             return f"'{name}' is no LoRA, and only low-rank products can be added up"
         for setting in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
             if getattr(config, setting, None):
@@ -368,7 +368,7 @@ def _parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
 
 def _ready(model: Any) -> Any:
     """Fast layers, in the mode that the model is in."""
-    adapters.accelerate(model)
+    _methods.accelerate(model)
     if not model.training:
         model.eval()
     return model

@@ -12,7 +12,6 @@ Ollama joins neighbouring messages of one role with an empty line before it rend
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -382,7 +381,10 @@ def _gaps(tokenizer: Any, shape: str, ask: bool = True) -> list[str] | None:
 
 def _common(whole: str, *others: str) -> str:
     """The common start of all; where that is not ``whole``, it ends with a token or a line."""
-    found = os.path.commonprefix([whole, *others])
+    size = 0
+    while all(text[: size + 1] == whole[: size + 1] for text in others) and size < len(whole):
+        size += 1
+    found = whole[:size]
     if found == whole:
         return found
     return found[: max(found.rfind(end) for end in ">]\n") + 1]
