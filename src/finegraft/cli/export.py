@@ -102,6 +102,9 @@ def _explain(report: Any, to: Console) -> None:
 
 def _next(one: Any) -> str:
     """What to type with an export."""
+    if one.format.startswith("ollama:"):
+        file = shlex.quote(str(one.path.parent / "Modelfile"))
+        return f"ollama create {shlex.quote(one.path.stem.lower())} -f {file}"
     path = shlex.quote(str(one.path))
     return f'finegraft generate {path} "your question"'
 
