@@ -105,6 +105,8 @@ def _next(one: Any) -> str:
     if one.format.startswith("ollama:"):
         file = shlex.quote(str(one.path.parent / "Modelfile"))
         return f"ollama create {shlex.quote(one.path.stem.lower())} -f {file}"
+    if one.format.startswith("vllm:"):
+        return shlex.quote(str(one.path / "serve.sh"))
     path = shlex.quote(str(one.path))
     return f'finegraft generate {path} "your question"'
 

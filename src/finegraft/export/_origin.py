@@ -135,10 +135,11 @@ class Origin:
     @functools.cached_property
     def base(self) -> str:
         """The name of the model that was trained, without the path where it lies here."""
-        return Path(self._base).name if Path(self._base).is_absolute() else self._base
+        return Path(self.full_base).name if Path(self.full_base).is_absolute() else self.full_base
 
     @property
-    def _base(self) -> str:
+    def full_base(self) -> str:
+        """The same with its path, which opens on this machine."""
         if self.located is not None and self.located.kind == "adapter":
             return opening.base_of(self.located).name
         if self.in_memory is not None:

@@ -29,7 +29,7 @@ from finegraft.export._weights import open_plain
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
-_DEFAULT_TYPE = {"gguf": "q8_0", "ollama": "q8_0"}
+_DEFAULT_TYPE = {"gguf": "q8_0", "ollama": "q8_0", "vllm": "merged"}
 # Unsloth's words for types of GGUF.
 _TYPES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
 _METHODS = {"merged_4bit_forced": "merged_4bit"}
@@ -196,7 +196,7 @@ def gguf_source(origin: Origin) -> Any:
 
 def _require_replaceable(place: Path, name: str) -> None:
     """Raises ExportError FG-EXPORT-037 where a folder would be replaced that is no export."""
-    if name in _DEFAULT_TYPE or not place.exists():
+    if name in ("gguf", "ollama") or not place.exists():
         return  # files are added to a folder
     inside = sorted(p.name for p in place.iterdir()) if place.is_dir() else [place.name]
     own = FILE in inside and not any(p.is_dir() or p.suffix == ".gguf" for p in place.iterdir())
