@@ -125,6 +125,15 @@ def test_alpaca_learns_saves_and_answers_when_reloaded(tmp_path):
     assert after.split("### Response:")[1] != before.split("### Response:")[1].split("{'loss'")[0]
 
 
+@pytest.mark.slow
+def test_from_rows_to_an_answer_of_the_api(tmp_path):
+    stdout = example("train_to_api.py", "--steps", 40, "--output", tmp_path / "o")
+    assert stdout.count("MB, verified") == 2
+    assert "FROM ./" in stdout and 'PARAMETER stop "<|im_end|>"' in stdout
+    _, answer = stdout.strip().splitlines()[-2:]
+    assert answer.strip() == "The heavy basket, the young farmer carried. Yes, hrrrm."
+
+
 def test_reviews_are_learnt_and_every_sentence_gets_a_label(tmp_path):
     folder = tmp_path / "classifier"
     stdout = example(

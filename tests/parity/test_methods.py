@@ -204,8 +204,11 @@ def test_resumed_it_is_the_run_that_never_stopped(run, tmp_path):
     assert trainer.state.global_step == t.STEPS
     now, expected = t.trained(trainer.model), t.trained(run.model)
     assert now.keys() == expected.keys()
+    # Where an encoder's LayerNorms train, a second uninterrupted run of two threads differs in the
+    # last bit as well; everything else is bit-equal.
+    last_bit = 1e-7 if run.case.family == "bert" and run.case.method in ("bitfit", "full") else 0.0
     for name, value in expected.items():
-        assert torch.equal(now[name], value), name
+        assert torch.allclose(now[name], value, rtol=last_bit * 10, atol=last_bit), name
 
 
 @pytest.mark.parametrize("name", adapters.names())
