@@ -49,6 +49,7 @@ def test_each_rung_is_a_process_and_one_that_fails_stands_in_the_table(place):
     assert "rung 2 of 3: lora, done already" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_command_that_is_shown_goes_on(place, base):
     (place / "ladder.yaml").write_text(f"model: {base}\n" + SETTINGS.format(steps=400))
     command = [*COMMAND, "ladder", "ladder.yaml", "--methods", "lora"]
