@@ -13,8 +13,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import transformers
 from safetensors import SafetensorError
+from transformers.trainer_utils import rotate_checkpoints
 
 from finegraft.core.errors import FinegraftError
 from finegraft.core.paths import storage_error, whole_folder
@@ -78,3 +81,37 @@ def staged(final: Path) -> Iterator[Path]:
         shutil.rmtree(final)
     (saved / final.name).rename(final)
     saved.rmdir()
+
+
+class WholeCheckpoints(transformers.Trainer):
+    """Mixed into trainers: a checkpoint is whole or not there, and the last step is the last."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Transformers takes one step too many when resumed in mid-epoch after the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        staging = getattr(self, "_staging", None)
+        return str(staging) if staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"{PREFIX}{self.state.global_step}"
+        with staged(final) as self._staging:
+            try:
+                # the stock method: trl's writes a model card that nobody asked for
+                transformers.Trainer._save_checkpoint(self, model, trial)
+                written = self._staging / final.name
+            finally:
+                self._staging = None
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )

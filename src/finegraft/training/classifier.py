@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from finegraft import opening
 from finegraft.data.labels import CLASSES, SEVERAL
@@ -88,7 +87,7 @@ class SaveOften(TrainerCallback):
             control.should_save = True
 
 
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(checkpoint.WholeCheckpoints, Trainer):
     """Trainer of heads that give one answer a row or a token; the arguments are transformers'.
 
     Attributes:
@@ -120,35 +119,6 @@ class ClassifierTrainer(Trainer):
         if classifier.takes_cache(swap.core(self.model)):
             inputs = {**inputs, "use_cache": False}
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Transformers takes one step too many when resumed in mid-epoch after the last step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        staging = getattr(self, "_staging", None)
-        return str(staging) if staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run_dir = Path(self._get_output_dir(trial))
-        final = run_dir / f"{checkpoint.PREFIX}{self.state.global_step}"
-        with checkpoint.staged(final) as self._staging:
-            try:
-                super()._save_checkpoint(model, trial)
-                staged = self._staging / final.name
-            finally:
-                self._staging = None
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         output_dir = output_dir or self.args.output_dir

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import transformers
 import trl
-from transformers.trainer_utils import rotate_checkpoints
 
 from finegraft import adapters, opening
 from finegraft.core.arguments import Drop, Rename, translate
@@ -60,7 +59,7 @@ _LEGACY = {
 }
 
 
-class SFTTrainer(LoraPlus, trl.SFTTrainer):
+class SFTTrainer(checkpoint.WholeCheckpoints, LoraPlus, trl.SFTTrainer):
     """Supervised fine-tuning; the arguments are trl's, of any year.
 
     Args:
@@ -197,13 +196,6 @@ class SFTTrainer(LoraPlus, trl.SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages over the ranks
         return (loss, outputs) if return_outputs else loss
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Transformers takes one step too many when resumed in mid-epoch after the last step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loop, with a loss that weighs tokens alike whatever the batch size."""
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -213,28 +205,6 @@ class SFTTrainer(LoraPlus, trl.SFTTrainer):
         if labelled and name in output.metrics:
             output.metrics[name] = total / labelled
         return output
-
-    def _get_output_dir(self, trial: Any) -> str:
-        staging = getattr(self, "_staging", None)
-        return str(staging) if staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run_dir = Path(self._get_output_dir(trial))
-        final = run_dir / f"{checkpoint.PREFIX}{self.state.global_step}"
-        with checkpoint.staged(final) as self._staging:
-            try:
-                super(trl.SFTTrainer, self)._save_checkpoint(model, trial)
-                staged = self._staging / final.name
-            finally:
-                self._staging = None
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         output_dir = output_dir or self.args.output_dir
