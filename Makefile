@@ -40,14 +40,17 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Quick tests first, then parity, then end to end on the real small models.
-SUITE := tests/test_architecture.py tests/unit tests/parity tests/e2e
+# Quick tests first, then parity, two files at a time on one thread each; then end to end on the
+# real small models, which take all threads and so run one at a time.
+APART := -n 2 --dist loadfile tests/test_architecture.py tests/unit tests/parity
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not cuda" $(SUITE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not cuda" $(APART)
+	$(BIN)/python -m pytest -q -m "not slow and not cuda" tests/e2e
 
 test-all: lint
-	$(BIN)/python -m pytest -q $(SUITE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(APART)
+	$(BIN)/python -m pytest -q tests/e2e
 
 bench: install
 	$(BIN)/python benchmarks/cpu_sft.py --quick
