@@ -1,0 +1,1 @@
+"""Families of checks, one file each: ``CHECKS`` explains their codes, ``SCANS`` finds text ones."""
