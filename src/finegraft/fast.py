@@ -20,7 +20,7 @@ from finegraft import adapters, opening
 from finegraft.adapters import lora
 from finegraft.core.arguments import Drop, translate
 from finegraft.core.hardware import facts
-from finegraft.export._save import bind
+from finegraft.export._bound import bind
 from finegraft.inference import modes
 
 logger = logging.getLogger(__name__)

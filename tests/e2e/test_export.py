@@ -39,6 +39,18 @@ def test_gguf(place, kind):
     assert json.loads(done.stdout)["verified"] is True
 
 
+@pytest.mark.parametrize("to", ["gguf-lora", "ollama:adapter"])
+def test_adapters_beside_their_base_in_llama_cpp(place, to):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is an extra")
+    out = to.replace(":", "-")
+    done = finegraft("export", "run", "--to", to, "--output", out, "--json", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["verified"] is True
+    checks = {check["name"]: check["value"] for check in told["exports"][0]["checks"]}
+    assert checks["adapter"] < 0.1 and checks["facts"] == 0
+
+
 def test_a_base_without_the_adapter_is_found_out(place):
     words = ["--to", "merged-16bit", "--output", "base", "--no-verify"]
     assert finegraft("export", "demo", *words, cwd=place).returncode == 0

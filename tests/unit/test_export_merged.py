@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from export_tiny import adapter, base, trained
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finegraft import FastLanguageModel, adapters
-from finegraft.core.errors import AdapterError, ConfigError, ExportError, StorageError
-from finegraft.export import FORMATS, _save, _weights, merged_16bit
+from finegraft.core.errors import AdapterError, ConfigError, ExportError, HubError, StorageError
+from finegraft.export import FORMATS, _rounding, _save, _weights, merged_16bit
 from finegraft.export._origin import open_origin
 from finegraft.models.load import load_model
 
@@ -220,7 +221,8 @@ def test_only_an_export_is_replaced(pair, tmp_path):
 
 def test_unsloths_names_are_bound_to_the_instance(folder, pair, tmp_path):
     model, tokenizer = trained(folder)
-    for name in ("save_pretrained_merged", "save_pretrained_gguf"):
+    kinds = ("merged", "gguf")
+    for name in [f"{does}_{kind}" for does in ("save_pretrained", "push_to_hub") for kind in kinds]:
         assert name in vars(model) and getattr(model, name).__self__ is model
         assert not hasattr(type(model), name)
     assert model.save_pretrained_merged(tmp_path / "m", tokenizer, verify=False).is_dir()
@@ -229,6 +231,34 @@ def test_unsloths_names_are_bound_to_the_instance(folder, pair, tmp_path):
     assert json.loads((path / "verification.json").read_text())["verified"] is True
     with pytest.raises(TypeError, match="FG-ARG-001"):
         model.save_pretrained_merged(tmp_path / "x", tokenizer, save_methods="lora")
-    with pytest.raises(ExportError, match="FG-EXPORT-046"):
-        model.save_pretrained_merged(tmp_path / "x", tokenizer, push_to_hub=True)
+    with pytest.raises(HubError, match="FG-HUB-001"):
+        model.save_pretrained_merged(tmp_path / "x", tokenizer, push_to_hub=True, repo_id="a/b/c")
+    assert not (tmp_path / "x").exists()
     assert math.isfinite(sum(p.sum().item() for p in model.parameters()))
+
+
+def test_small_updates_survive_in_bfloat16():
+    """A sixteenth of a step on every weight: lost by the nearest value, kept on average here."""
+    weight = torch.randn(400, 400, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    step = torch.exp2(torch.floor(torch.log2(weight.abs())) - 7)
+    moved = weight + step / 16
+    assert torch.equal(moved.bfloat16().float(), weight)
+    found = _rounding.rounded(moved, 3)
+    assert found.dtype == torch.bfloat16
+    share = float(((found.float() - weight) / step).mean())
+    assert share == pytest.approx(1 / 16, rel=0.05)
+    assert float(((found.float() - moved).abs() / step).max()) < 1, "one of the two neighbours"
+    assert torch.equal(found, _rounding.rounded(moved, 3))
+    assert torch.equal(_rounding.rounded(weight, 3).float(), weight), "what fits stays"
+    odd = torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])
+    assert torch.equal(_rounding.rounded(odd, 1).float(), odd)
+    assert _rounding.rounded(torch.tensor([float("nan")]), 1).isnan().all()
+
+
+def test_only_trained_weights_are_rounded_at_random(saved, folder):
+    plain = _weights.open_plain(open_origin(str(saved)))
+    base = load_file(folder / "model.safetensors")
+    trained = {name for name, tensor in plain.tensors.items() if tensor.seed is not None}
+    assert trained and all("proj" in name for name in trained)
+    for name, tensor in plain.tensors.items():
+        assert (name in trained) != torch.equal(tensor[...], base[name])

@@ -1,9 +1,10 @@
-"""``finegraft merge``, ``finegraft export`` and ``finegraft verify``.
+"""``finegraft merge``, ``finegraft export``, ``finegraft verify`` and ``finegraft push``.
 
-What: a run or model in the formats that others run, and the proof that it is what was trained.
-How: ``export._save`` writes and verifies; events become lines on stderr, the result a table.
-Constraint: an export that fails its verification leaves with status 1. Trade-off: the trained model
-is loaded for verifying even where merging needed no model.
+What: a run or model in the formats that others run, the proof that it is what was trained, and its
+upload. How: ``export._save`` writes and verifies, ``export._push`` uploads; events become lines on
+stderr, the result a table. Constraint: an export that fails its verification leaves with status 1
+and is not uploaded. Trade-off: pushing is a command of its own beside ``export --push``, because
+what broke must go on without exporting again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finegraft.cli.help import Help
-from finegraft.cli.output import Output, quiet_libraries
+from finegraft.cli.output import Output, Stopped, quiet_libraries
 from finegraft.cli.progress import size
 
 STATUS_UNVERIFIED = 1
@@ -37,12 +38,33 @@ Source = Annotated[
 ]
 
 
+Push = Annotated[
+    str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it to the model hub.")
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="Make the repository a private one, if it is new.")
+]
+
+
 def _run(
-    out: Output, source: str, output: Path, to: str, verify: bool, options: dict[str, Any]
+    out: Output,
+    source: str,
+    output: Path,
+    to: str,
+    verify: bool,
+    options: dict[str, Any],
+    push: dict[str, Any] | None = None,
 ) -> None:
     """Export with progress on stderr, show the result, leave with 1 if it is not what it was."""
     with out.busy("starting"), quiet_libraries():
-        from finegraft.export import _save
+        from finegraft.export import _push, _save
+
+        target = None
+        if push:
+            names = list(_save.parse(to))
+            if len(names) > 1:
+                raise _push.several(str(output), [name.replace("_", "-") for name in names])
+            target = _push.open_target(**push)
 
     def tell(event: dict[str, Any]) -> None:
         if event["type"] == "phase":
@@ -51,7 +73,15 @@ def _run(
             out.note(f"wrote {event['path']}, {size(event['bytes'])} in {event['seconds']} s")
 
     with quiet_libraries():
-        done = _save.export(source, output, to, verify=verify, listener=tell, options=options)
+        done = _save.export(
+            source,
+            output,
+            to,
+            verify=verify,
+            listener=tell,
+            options=options,
+            repo=target.repo if target else None,
+        )
     values = {
         "source": source,
         "exports": [
@@ -60,9 +90,49 @@ def _run(
         ],
         "verified": all(one.verified for one in done),
     }
-    out.result(values, lambda to: _show(done, to))
-    if any(not one.verified and one.report.missing is None for one in done):
+    failed = any(not one.verified and one.report.missing is None for one in done)
+    pushed = None
+    if target and not failed:
+        folder = done[0].path if done[0].path.is_dir() else done[0].path.parent
+        what = _push.plan(folder, verified=verify, only=done[0].files)
+        pushed = _upload(out, target, what)
+        values["pushed"] = _values(pushed)
+    out.result(values, lambda to: _show(done, to, pushed))
+    if failed:
         raise typer.Exit(STATUS_UNVERIFIED)
+
+
+def _upload(out: Output, target: Any, what: Any) -> Any:
+    """Upload with the list of files before and a line for each that has arrived."""
+    from finegraft.export import _push
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["type"] == "uploading":
+            kind = "private" if target.private else "public, unless its owner's default is private"
+            out.note(f"uploading {size(event['bytes'])} to {event['repo']} (a new one is {kind}):")
+            for name, count in event["files"].items():
+                out.note(f"  {name}  {size(count)}")
+        elif event["type"] == "sent":
+            names = event["names"]
+            what = names[0] if len(names) == 1 else f"{len(names)} small files"
+            done = f"{size(event['bytes'])} of {size(event['of'])}"
+            out.note(f"sent {what} in {event['seconds']} s, {done}")
+
+    try:
+        return _push.upload(target, what, listener=tell)
+    except KeyboardInterrupt:
+        raise Stopped(fix=shlex.join(["finegraft", "push", str(what.path), target.repo])) from None
+
+
+def _values(pushed: Any) -> dict[str, Any]:
+    return {
+        "repo": pushed.repo,
+        "url": pushed.url,
+        "commit": pushed.commit,
+        "files": list(pushed.files),
+        "bytes": pushed.bytes,
+        "pull_request": pushed.request,
+    }
 
 
 def _told(report: Any) -> dict[str, Any]:
@@ -70,7 +140,7 @@ def _told(report: Any) -> dict[str, Any]:
     return {name: values[name] for name in ("verified", "checks", "cause")}
 
 
-def _show(done: list[Any], to: Console) -> None:
+def _show(done: list[Any], to: Console, pushed: Any = None) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for title in ("format", "size", "verified", "path"):
         table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
@@ -80,9 +150,18 @@ def _show(done: list[Any], to: Console) -> None:
     for one in done:
         if not one.verified:
             _explain(one.report, to)
+    if pushed:
+        _show_pushed(pushed, to)
     to.print("\nNext:")
     for line in dict.fromkeys(_next(one) for one in done):
         to.print(f"  {line}", style="bold", markup=False, soft_wrap=True)
+
+
+def _show_pushed(pushed: Any, to: Console) -> None:
+    words = f"{len(pushed.files)} files, {size(pushed.bytes)}, are in {pushed.url}"
+    to.print(words, markup=False, soft_wrap=True)
+    if pushed.request:
+        to.print(f"pull request: {pushed.request}", markup=False, soft_wrap=True)
 
 
 def _word(report: Any) -> Text:
@@ -108,6 +187,8 @@ def _next(one: Any) -> str:
     if one.format.startswith("vllm:"):
         return shlex.quote(str(one.path / "serve.sh"))
     path = shlex.quote(str(one.path))
+    if one.format.startswith("gguf_lora:"):
+        return f"llama-server -m BASE.gguf --lora {path}"
     return f'finegraft generate {path} "your question"'
 
 
@@ -144,6 +225,12 @@ def export(
     ],
     output: Where,
     dtype: Dtype = None,
+    ollama_base: Annotated[
+        str | None,
+        typer.Option("--ollama-base", metavar="NAME", help="Ollama's base, for ollama:adapter."),
+    ] = None,
+    push: Push = None,
+    private: Private = False,
     no_verify: NoVerify = False,
     as_json: Json = False,
 ) -> None:
@@ -153,7 +240,57 @@ def export(
 
       finegraft export runs/first --to gguf:q4_k_m,gguf:q8_0 --output gguf
     """
-    _run(ctx.obj, source, output, to, not no_verify, {"dtype": dtype} if dtype else {})
+    options = {"dtype": dtype, "base": ollama_base}
+    options = {name: value for name, value in options.items() if value is not None}
+    upload = {"repo": push, "private": private or None} if push else None
+    _run(ctx.obj, source, output, to, not no_verify, options, upload)
+
+
+def push(
+    ctx: typer.Context,
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="EXPORT", help="A folder that an export made, or a .gguf in it."),
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="The repository; made where it is missing.")
+    ],
+    private: Private = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="BRANCH", help="A branch that is there.")
+    ] = None,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="Ask to take it, instead of committing.")
+    ] = False,
+    message: Annotated[
+        str | None, typer.Option("--message", metavar="TEXT", help="Of the commit.")
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Upload what was not proven to be what was trained.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload an export to the model hub; typed again, it goes on where it broke.
+
+    For example:
+
+      finegraft push gguf owner/first-gguf --private
+    """
+    out: Output = ctx.obj
+    with out.busy("looking at the export"), quiet_libraries():
+        from finegraft.export import _push
+
+        what = _push.plan(path, verified=not no_verify)
+        target = _push.open_target(
+            repo,
+            private=private or None,
+            revision=revision,
+            create_pr=pull_request or None,
+            message=message,
+        )
+    with quiet_libraries():
+        pushed = _upload(out, target, what)
+    out.result(_values(pushed), lambda to: _show_pushed(pushed, to))
 
 
 def verify(
@@ -234,5 +371,5 @@ def _verdict(report: Any) -> tuple[str, str]:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    for command in (merge, export, verify):
+    for command in (merge, export, verify, push):
         app.command(cls=Help)(command)

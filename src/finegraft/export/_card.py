@@ -16,11 +16,23 @@ from typing import Any
 from finegraft.core.paths import write_whole
 from finegraft.core.schema import TrainConfig
 from finegraft.export._origin import Origin
+from finegraft.export._verify.contents import CARD
 from finegraft.export._verify.report import Report
 
-FILE = "README.md"
 _MADE = "<!-- Made by finegraft from what was measured; a new export replaces it. -->"
 _PLACES = {"model", "data", "eval_data", "output", "overwrite"}
+_LIBRARIES = {"lora": "peft", "gguf": "gguf", "gguf_lora": "gguf", "ollama": "gguf"}
+_KINDS = {
+    "lora": "An adapter for",
+    "gguf": "GGUF files of a fine-tune of",
+    "gguf_lora": "A GGUF adapter for",
+    "ollama": "For Ollama: a fine-tune of",
+}
+_COMMANDS = {
+    "gguf": "llama-server -m {file}",
+    "gguf_lora": "llama-server -m BASE.gguf --lora {file}",
+    "ollama": "ollama create {stem} -f Modelfile",
+}
 _USE = {
     "lora": """from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{folder}")""",
@@ -33,7 +45,12 @@ classify = pipeline("text-classification", model="{folder}")""",
 
 
 def write(
-    origin: Origin, folder: Path, kind: str, reports: Sequence[Report], files: Sequence[str] = ()
+    origin: Origin,
+    folder: Path,
+    kind: str,
+    reports: Sequence[Report],
+    files: Sequence[str] = (),
+    called: str | None = None,
 ) -> Path | None:
     """Write the card into ``folder``; None where somebody else's README.md is there.
 
@@ -41,15 +58,16 @@ def write(
         kind: ``merged_16bit``, ``lora``, ``gguf``, ...
         reports: Of what is in the folder.
         files: Names of GGUF files in it.
+        called: What to open it as; None: the name of the folder.
     """
-    file = folder / FILE
+    file = folder / CARD
     if file.is_file() and _MADE not in file.read_text(encoding="utf-8", errors="replace"):
         return None
     parts = [
         _head(origin, kind),
-        f"{_MADE}\n\n# {origin.located.path.parent.name if origin.run else origin.name}",
+        f"{_MADE}\n\n# {called or origin.called}",
         _about(origin, kind),
-        _usage(origin, folder, kind, files),
+        _usage(origin, called or folder.name, kind, files),
         _data(origin),
         _settings(origin.settings),
         _measures(origin.metrics),
@@ -62,7 +80,7 @@ def write(
 def _head(origin: Origin, kind: str) -> str:
     """The metadata that model hubs read."""
     label = origin.task != "causal"
-    library = {"lora": "peft", "gguf": "gguf"}.get(kind, "transformers")
+    library = _LIBRARIES.get(kind, "transformers")
     lines = [
         "---",
         f"base_model: {_text(origin.base)}",
@@ -80,16 +98,14 @@ def _text(value: str) -> str:
 
 
 def _about(origin: Origin, kind: str) -> str:
-    what = {"lora": "An adapter for", "gguf": "GGUF files of a fine-tune of"}
     method = f" Method: {origin.settings.method}." if origin.settings else ""
-    return f"{what.get(kind, 'A fine-tune of')} `{origin.base}`, made with finegraft.{method}"
+    return f"{_KINDS.get(kind, 'A fine-tune of')} `{origin.base}`, made with finegraft.{method}"
 
 
-def _usage(origin: Origin, folder: Path, kind: str, files: Sequence[str]) -> str:
-    name = folder.name
-    if kind == "gguf":
-        body = "\n".join(f"llama-server -m {file}" for file in files)
-        return f"## Use\n\n```bash\n{body}\n```"
+def _usage(origin: Origin, name: str, kind: str, files: Sequence[str]) -> str:
+    if kind in _COMMANDS:
+        lines = [_COMMANDS[kind].format(file=file, stem=Path(file).stem.lower()) for file in files]
+        return "## Use\n\n```bash\n" + "\n".join(lines) + "\n```"
     if kind == "lora":
         text = _USE["lora"]
         if origin.task != "causal":

@@ -20,11 +20,13 @@ class Written:
         file: Where it is.
         type: The variant, ``q8_0`` say.
         bytes: Its size.
+        beside: Files that belong to it, a Modelfile say.
     """
 
     file: Path
     type: str
     bytes: int
+    beside: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,20 @@ class Origin:
         return Path(self.full_base).name if Path(self.full_base).is_absolute() else self.full_base
 
     @property
+    def called(self) -> str:
+        """The name for files: of the run, else of the model or folder."""
+        return self.run.name if self.run else Path(self.name).name or "model"
+
+    @functools.cached_property
+    def base_origin(self) -> Origin:
+        """The base as it was before training, with the tokenizer of what was trained."""
+        if self.located is not None and self.located.kind == "adapter":
+            found = opening.base_of(self.located)
+        else:
+            found = locate(self.full_base)
+        return Origin(found.name, found, None, self.tokenizer)
+
+    @property
     def full_base(self) -> str:
         """The same with its path, which opens on this machine."""
         if self.located is not None and self.located.kind == "adapter":

@@ -1,7 +1,6 @@
-"""Write exports, verify them, and bind Unsloth's names for it to a model.
+"""Write exports and verify them.
 
-What: ``export`` writes a run or model in any number of formats; ``bind`` gives a model in memory
-``save_pretrained_merged`` and ``save_pretrained_gguf``. How: formats are found by name in
+What: ``export`` writes a run or model in any number of formats. How: formats are found by name in
 ``FORMATS``; everything that stands in the way is found before anything is written. Constraint: no
 folder is replaced but an earlier export, and none is left without ``verification.json``. Trade-off:
 verifying takes longer than writing.
@@ -9,9 +8,9 @@ verifying takes longer than writing.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +18,18 @@ from typing import Any
 
 import torch
 
-from finegraft.core.arguments import Drop, translate
 from finegraft.core.errors import ExportError, did_you_mean
 from finegraft.export import FORMATS, _card, _verify
 from finegraft.export._origin import Origin, open_origin
+from finegraft.export._verify import contents
 from finegraft.export._verify.report import FILE, Report
 from finegraft.export._weights import open_plain
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
-_DEFAULT_TYPE = {"gguf": "q8_0", "ollama": "q8_0", "vllm": "merged"}
-# Unsloth's words for types of GGUF.
-_TYPES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
-_METHODS = {"merged_4bit_forced": "merged_4bit"}
-_MERGING = {
-    "state_dict": Drop("the model's own weights are written"),
-    "is_main_process": Drop("one process writes"),
-    "safe_serialization": Drop("weights are always safetensors"),
-    "variant": Drop("files have their usual names"),
-    "save_peft_format": Drop("save_method='lora' writes peft's format"),
-    "tags": Drop("the model card has its own"),
-    "temporary_location": Drop("nothing is written but the result"),
-    "maximum_memory_usage": Drop("weights are written one shard at a time"),
-    "datasets": Drop("the model card has its own"),
-}
-_GGUF = {**_MERGING, "first_conversion": Drop("each type is made from the merged weights")}
+_DEFAULT_TYPE = {"gguf": "q8_0", "gguf_lora": "f32", "ollama": "q8_0", "vllm": "merged"}
+_INTO_A_FOLDER = ("gguf", "gguf_lora", "ollama")  # files are added to what is there
 
 
 @dataclass(frozen=True)
@@ -56,12 +41,14 @@ class Exported:
         path: The folder or file.
         bytes: Its size.
         report: What verifying it gave.
+        files: All that was written, the model card among them.
     """
 
     format: str
     path: Path
     bytes: int
     report: Report
+    files: tuple[Path, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -111,6 +98,7 @@ def export(
     verify: bool = True,
     listener: Listener | None = None,
     options: Mapping[str, Any] | None = None,
+    repo: str | None = None,
 ) -> list[Exported]:
     """Write ``source`` in every format of ``to``.
 
@@ -121,6 +109,7 @@ def export(
         verify: Reload what was written and compare it with ``source``.
         listener: Called with an event for each step.
         options: Keywords of the formats' ``write``, each given to the formats that have it.
+        repo: What model cards call the export, ``owner/name`` of an upload; None: the folder.
 
     Returns:
         What was written, each with its report; one that failed is among them.
@@ -163,7 +152,11 @@ def export(
             reports.append(_verified(record.file, label, origin, verify, tell))
             done.append(Exported(label, record.file, record.bytes, reports[-1]))
         files = [record.file.name for record in written if record.file.is_file()]
-        _card.write(origin, places[name], name, reports, files)
+        card = _card.write(origin, places[name], name, reports, files, repo)
+        own = [*contents.of(written), *([card] if card else [])]
+        contents.note(places[name], own)
+        fresh = len(written)
+        done[-fresh:] = [dataclasses.replace(one, files=tuple(own)) for one in done[-fresh:]]
     return done
 
 
@@ -196,8 +189,8 @@ def gguf_source(origin: Origin) -> Any:
 
 def _require_replaceable(place: Path, name: str) -> None:
     """Raises ExportError FG-EXPORT-037 where a folder would be replaced that is no export."""
-    if name in ("gguf", "ollama") or not place.exists():
-        return  # files are added to a folder
+    if name in _INTO_A_FOLDER or not place.exists():
+        return
     inside = sorted(p.name for p in place.iterdir()) if place.is_dir() else [place.name]
     own = FILE in inside and not any(p.is_dir() or p.suffix == ".gguf" for p in place.iterdir())
     if inside and not own:
@@ -242,99 +235,3 @@ def require_verified(exported: Sequence[Exported]) -> None:
                 allowed="an export whose every check passes",
                 fix=f"see {FILE} beside it; finegraft verify {one.path} --against RUN checks again",
             )
-
-
-# --- the names that are bound to a model --------------------------------------------------------
-
-
-def save_pretrained_merged(
-    self: Any,
-    save_directory: str | Path,
-    tokenizer: Any = None,
-    save_method: str = "merged_16bit",
-    *,
-    max_shard_size: str | int = "5GB",
-    dtype: Any = None,
-    verify: bool = True,
-    push_to_hub: bool = False,
-    token: str | None = None,
-    **more: Any,
-) -> Path:
-    """Write this model with its adapter merged, or the adapter alone.
-
-    Args:
-        save_directory: A new folder, or an earlier export, which is replaced.
-        tokenizer: None: the one in the folder that the model was loaded from.
-        save_method: ``merged_16bit``, ``merged_4bit`` or ``lora``.
-        max_shard_size: Largest weight file.
-        dtype: ``bfloat16``, ``float16`` or ``float32``; None: what the base was published in.
-        verify: Reload it and compare it with this model.
-
-    Raises:
-        ExportError: FG-EXPORT-030 to FG-EXPORT-039.
-    """
-    _no_push(push_to_hub)
-    translate("save_pretrained_merged", more, (), _MERGING)
-    name = str(save_method).lower().replace("-", "_").replace(" ", "_")
-    options = {"max_shard_size": max_shard_size, "dtype": dtype}
-    done = export(
-        (self, tokenizer),
-        save_directory,
-        [_METHODS.get(name, name)],
-        verify=verify,
-        options={k: v for k, v in options.items() if v is not None},
-    )
-    require_verified(done)
-    return done[0].path
-
-
-def save_pretrained_gguf(
-    self: Any,
-    save_directory: str | Path,
-    tokenizer: Any = None,
-    quantization_method: str | Sequence[str] = "fast_quantized",
-    *,
-    verify: bool = True,
-    push_to_hub: bool = False,
-    token: str | None = None,
-    **more: Any,
-) -> list[Path]:
-    """Write this model with its adapter merged as GGUF, several types in one pass.
-
-    Args:
-        save_directory: The folder of the files.
-        tokenizer: None: the one in the folder that the model was loaded from.
-        quantization_method: One or more of ``q8_0``, ``q4_k_m``, ``f16``, ...
-        verify: Load each with llama.cpp and compare it with this model.
-
-    Raises:
-        ExportError: those of ``export.gguf``, FG-EXPORT-036, FG-EXPORT-038.
-    """
-    _no_push(push_to_hub)
-    translate("save_pretrained_gguf", more, (), _GGUF)
-    kinds = [quantization_method] if isinstance(quantization_method, str) else quantization_method
-    to = [f"gguf:{_TYPES.get(str(kind).lower(), str(kind).lower())}" for kind in kinds]
-    done = export((self, tokenizer), save_directory, to, verify=verify)
-    require_verified(done)
-    return [one.path for one in done]
-
-
-def _no_push(wanted: bool) -> None:
-    """Raises ExportError FG-EXPORT-046: saving does not upload."""
-    if wanted:
-        raise ExportError(
-            "FG-EXPORT-046",
-            "push_to_hub=True, and saving uploads nothing",
-            allowed="a folder on this machine",
-            fix="save without it, then huggingface_hub.upload_folder(...)",
-        )
-
-
-BOUND = (save_pretrained_merged, save_pretrained_gguf)
-
-
-def bind(model: Any) -> Any:
-    """Give this one model Unsloth's names for exporting, and return it."""
-    for function in BOUND:
-        setattr(model, function.__name__, types.MethodType(function, model))
-    return model

@@ -5,7 +5,8 @@ computed when they are read. How: a LoRA folder beside plain safetensors never b
 tensor is W + s * B @ A; a model in memory gives each layer merged alone; every other adapter that
 can be merged goes through ``adapters.merge_to_16bit``. Constraint: the trained model is left as it
 is; a head that training made different from a tied embedding is written as a matrix of its own.
-Trade-off: a merge is rounded once, from float32, where peft rounds the update and then the sum.
+Trade-off: a merge is rounded once, from float32; to bfloat16 up or down at random (``rounded``),
+which is less exact for a weight and more for an answer.
 
 Shapes: o rows and i columns of a weight, r rank; A [r, i], B [o, r].
 """
@@ -26,6 +27,7 @@ from torch import nn
 from finegraft import adapters, opening
 from finegraft.core.errors import ExportError, ModelError
 from finegraft.export._origin import Origin
+from finegraft.export._rounding import rounded, seed_of
 from finegraft.models import _stream, classifier, load, quantize, swap, weights
 from finegraft.models import tokenizer as tokenizers
 
@@ -61,17 +63,21 @@ class Lazy:
         shape: Of the tensor.
         read: Returns it, in any floating dtype.
         dtype: What a reader gets; None: as ``read`` gives it.
+        seed: Of the rounding of a trained weight, see ``rounded``; None: to the nearest.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     dtype: torch.dtype | None = None
+    seed: int | None = None
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Compute the tensor, then return ``index`` of it."""
         value = self.read().detach()
         if self.dtype is not None and value.is_floating_point():
-            value = value.to(self.dtype)
+            fine = value.dtype == torch.float32 and self.seed is not None
+            coarse = self.dtype == torch.bfloat16
+            value = rounded(value, self.seed) if fine and coarse else value.to(self.dtype)
         return value[index]
 
     def get_shape(self) -> list[int]:
@@ -171,7 +177,12 @@ def _from_disk(origin: Origin, dtype: Any) -> Plain | None:
         opening.check_embedding(table[...], located.path)
     half = find_dtype(dtype, getattr(config, "dtype", None))
     tensors = {
-        name: Lazy(entry.shape, _sum(entry, updates.get(name)), half)
+        name: Lazy(
+            entry.shape,
+            _sum(entry, updates.get(name)),
+            half,
+            seed_of(name) if name in updates else None,
+        )
         for name, entry in stored.items()
     }
     if getattr(config, "tie_word_embeddings", False):
@@ -338,10 +349,12 @@ def _tensors(
     found = {}
     for path, module in core.named_modules(remove_duplicate=False):
         place = _plain_name(path)
+        trained = hasattr(module, "lora_A") or hasattr(module, "modules_to_save")
         for name, value in _own(module, originals.get(f"{place}.weight")):
             plain = f"{place}.{name}" if place else name
             if plain in shapes and plain not in found:
-                found[plain] = Lazy(shapes[plain], value, dtype)
+                seed = seed_of(plain) if trained else None
+                found[plain] = Lazy(shapes[plain], value, dtype, seed)
     return {name: found[name] for name in shapes if name in found}
 
 

@@ -30,13 +30,14 @@ def problems(
 ) -> list[Exception]:
     """What ``write`` would raise, found without writing."""
     try:
-        _require_adapter(open_origin(source))
+        require_adapter(open_origin(source))
     except ExportError as error:
         return [error]
     return []
 
 
-def _require_adapter(origin: Origin) -> None:
+def require_adapter(origin: Origin) -> None:
+    """Raises ExportError FG-EXPORT-032."""
     if origin.in_memory is not None:
         found = hasattr(origin.in_memory, "peft_config")
     else:
@@ -63,7 +64,7 @@ def write(source: Any, path: str | Path, types: Sequence[str] = ()) -> list[Writ
         StorageError: FG-DISK-001 to FG-DISK-003.
     """
     origin = open_origin(source)
-    _require_adapter(origin)
+    require_adapter(origin)
     final = Path(path)
     require_writable(final.absolute().parent)
     with whole_folder(final) as folder:

@@ -8,6 +8,7 @@ the trained model and the export are in memory at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -21,7 +22,16 @@ from finegraft import opening
 from finegraft.core.errors import ExportError, ModelError
 from finegraft.export._contract import Check
 from finegraft.export._origin import ENCODER, Origin, open_origin
-from finegraft.export._verify import causes, llama_cpp, measure, prompts, readers, report
+from finegraft.export._verify import (
+    causes,
+    contents,
+    gguf_files,
+    llama_cpp,
+    measure,
+    prompts,
+    readers,
+    report,
+)
 from finegraft.export._verify.prompts import Row
 from finegraft.export._verify.readers import Expected, FolderReader, Reader
 from finegraft.export._verify.report import TOLERANCES, Report, mark
@@ -48,12 +58,12 @@ def artefacts(path: str | Path) -> dict[Path, str]:
         return {path: "merged_4bit" if values.get("quantization_config") else "merged_16bit"}
     found: dict[Path, str] = {}
     if path.is_dir():
-        found = dict.fromkeys(sorted(path.glob("*.gguf")), "gguf")
+        found = dict.fromkeys(gguf_files.listed(path), "gguf")
         for inner in sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != "."):
             if any((inner / name).is_file() for name in ("config.json", "adapter_config.json")):
                 found |= artefacts(inner)
             elif any(inner.glob("*.gguf")):
-                found |= dict.fromkeys(sorted(inner.glob("*.gguf")), "gguf")
+                found |= dict.fromkeys(gguf_files.listed(inner), "gguf")
     if not found:
         raise ExportError(
             "FG-EXPORT-044",
@@ -97,7 +107,10 @@ def verify(path: str | Path, against: Any = None, *, mark: bool = True) -> Repor
     origin = open_origin(source)
     found = _Verification(path, kind, origin).run()
     if mark:
+        folder = path if path.is_dir() else path.parent
+        listed = report.read(folder / report.FILE).get("contents", {})
         report.mark(found)
+        contents.refresh(folder, path, listed)
     return found
 
 
@@ -106,8 +119,11 @@ class _Verification:
 
     def __init__(self, path: Path, kind: str, origin: Origin):
         self.path, self.origin = path, origin
-        self.gguf = _gguf_facts(path) if kind == "gguf" else None
-        self.format = f"gguf:{self.gguf.type}" if self.gguf else kind
+        self.gguf = gguf_files.read(path) if kind == "gguf" else None
+        self.beside = self.gguf is not None and not self.gguf.is_model
+        if self.gguf:
+            kind = f"{'gguf_lora' if self.beside else 'gguf'}:{self.gguf.type}"
+        self.format = kind
         self.known = {"format": self.format, "against": absolute(origin.name)}
 
     @functools.cached_property
@@ -126,7 +142,7 @@ class _Verification:
         """Make every check that can be made."""
         task = self.origin.task
         if self.gguf is not None and task != classifier.CAUSAL:
-            checks, _ = _gguf_checks(self.origin, self.path, self.gguf)
+            checks, _ = gguf_files.checks(self.origin, self.path, self.gguf)
             cause = next((c.cause for c in checks if c.cause), None)
             where = "the file alone, llama.cpp was not asked"
             return Report(self.path, rows=where, checks=tuple(checks), cause=cause, **self.known)
@@ -138,17 +154,16 @@ class _Verification:
             rows, where = prompts.rows_for(self.origin, self.new_tokens)
         else:
             rows, where = prompts.texts_for(self.origin)
-        try:
-            reader = self._reader()
-        except ModelError as error:  # what it lacks, transformers would make up
-            cause = causes.HEAD_LOST if "lm_head" in error.found else error.found
-            return Report(
-                self.path, rows=where, checks=(_failed("opens"),), cause=cause, **self.known
-            )
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                reader = self._reader(stack)
+            except ModelError as error:  # what it lacks, transformers would make up
+                cause = causes.HEAD_LOST if "lm_head" in error.found else error.found
+                return Report(
+                    self.path, rows=where, checks=(_failed("opens"),), cause=cause, **self.known
+                )
+            stack.callback(reader.close)
             checks, cause, worst = self._compared(reader, rows)
-        finally:
-            reader.close()
         return Report(
             self.path, rows=where, checks=tuple(checks), cause=cause, worst=worst, **self.known
         )
@@ -166,20 +181,26 @@ class _Verification:
         cause = cause or reason
         if cause is None and not all(check.ok for check in numbers):
             cause = causes.of_numbers(
-                self.model, rows, trained, found, merged=self.format != "lora"
+                self.model, rows, trained, found, merged=not (self.beside or self.format == "lora")
             )
-        told = next((check.cause for check in checks if check.cause), None)
-        return checks, cause or told or causes.UNKNOWN, worst
+        if cause in (None, causes.UNKNOWN):
+            cause = next((check.cause for check in checks if check.cause), causes.UNKNOWN)
+        return checks, cause, worst
 
     def _allowed(self) -> report.Tolerance:
         quantized = getattr(swap.core(self.model), "is_quantized", False)
-        allowed = TOLERANCES.get(self.format, TOLERANCES["merged_4bit"])
+        known = f"gguf:{self.base.type}" if self.beside else self.format
+        allowed = TOLERANCES.get(known, TOLERANCES["merged_4bit"])
         if quantized and allowed.log_probs < TOLERANCES["merged_4bit"].log_probs:
             return TOLERANCES["merged_4bit"]  # merged into the weights before they were quantized
         return allowed
 
-    def _reader(self) -> Reader:
+    def _reader(self, stack: contextlib.ExitStack) -> Reader:
         core = swap.core(self.model)
+        if self.beside:
+            file = stack.enter_context(gguf_files.base(self.path, self.origin))
+            self.base_file, self.base = file, gguf_files.read(file)
+            return llama_cpp.GgufReader(file, self.base.rows, self.path)
         if self.gguf is not None:
             return llama_cpp.GgufReader(self.path, self.gguf.rows)
         dtype = core.dtype if core.dtype.is_floating_point else torch.float32
@@ -212,11 +233,17 @@ class _Verification:
         rows, lost = self._new_rows(reader)
         if self.format == "lora":
             return rows, lost
+        if self.beside:
+            return gguf_files.adapter_checks(self.origin, self.path, self.base_file)
         own = causes.own_head(self.model)
         if self.gguf is not None:
             facts = causes.Facts(own_head=self._own_head_in_file(own))
-            checks, rope = _gguf_checks(self.origin, self.path, self.gguf)
-            cause = rope or causes.of_settings(self.model, facts, own)
+            checks, rope = gguf_files.checks(self.origin, self.path, self.gguf)
+            ids = tokens.new_rows(swap.core(self.model))
+            if ids:
+                row = gguf_files.new_rows(self.model, self.path, ids)
+                checks, lost = [*checks, row], None if row.ok else causes.NEW_ROWS
+            cause = rope or lost or causes.of_settings(self.model, facts, own)
             return checks, cause
         there = swap.core(reader.model)
         facts = causes.Facts(causes.rope_of(there.config), causes.own_head(there))
@@ -225,8 +252,9 @@ class _Verification:
 
     def _own_head_in_file(self, wanted: bool | None) -> bool | None:
         """Whether the file has a head apart; a copy of a tied head is none."""
-        found = "output.weight" in self.gguf.tensors if self.gguf else False
-        return found if wanted else (False if not found else None)
+        if wanted and self.gguf is not None:
+            return gguf_files.HEAD in self.gguf.tensors
+        return gguf_files.own_head(self.path)
 
     def _new_rows(self, reader: Any) -> tuple[list[Check], str | None]:
         """A check of the embedding's rows of new tokens, where the export's can be read."""
@@ -245,22 +273,3 @@ def _failed(name: str) -> Check:
 def absolute(name: str) -> str:
     """A path that means the same from any folder; other names as they are."""
     return str(Path(name).absolute()) if Path(name).exists() else name
-
-
-def _gguf_facts(path: Path) -> Any:
-    from finegraft.export.gguf import _facts
-
-    return _facts.read(path)
-
-
-def _gguf_checks(origin: Origin, path: Path, facts: Any) -> tuple[list[Check], str | None]:
-    """The checks of the file's tensors and keys, and a wrong rotary embedding by name."""
-    from finegraft.export import gguf
-    from finegraft.export._save import gguf_source
-
-    found = gguf.verify(gguf_source(origin), path, name=facts.name)
-    told = next((c.cause for c in found if c.name == "facts" and c.cause), None)
-    rope = None
-    if told and "rope" in told:
-        rope = causes.ROPE.format(told.removeprefix("other values than the model's: "))
-    return found, rope

@@ -41,6 +41,7 @@ HEAD_LOST = "untied head: the export's settings say that it has a head of its ow
 NOT_MERGED = "adapter not merged: the export answers like the base model"
 TWICE = "adapter merged twice: the export answers like the base with twice the adapter"
 SCALE = "wrong LoRA scale: the export answers as if the scale were {0:.2g} times the trained one"
+ALPHA = "wrong LoRA scale: the file's alpha is not the adapter's"
 ROUNDED = (
     "wrong LoRA scale, or small updates lost in rounding: the export answers as if the scale were "
     "{0:.2g} times the trained one; dtype float16 keeps more than bfloat16"

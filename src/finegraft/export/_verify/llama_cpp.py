@@ -40,13 +40,14 @@ class GgufReader:
     Args:
         file: The GGUF file.
         size: Rows of the vocabulary.
+        adapter: A GGUF adapter to put beside it.
 
     Raises:
         ExportError: FG-EXPORT-041 xllamacpp is not installed, FG-EXPORT-042 llama.cpp does not
             load the file.
     """
 
-    def __init__(self, file: Path, size: int):
+    def __init__(self, file: Path, size: int, adapter: Path | None = None):
         if missing():
             raise ExportError(
                 "FG-EXPORT-041",
@@ -57,6 +58,8 @@ class GgufReader:
         library: Any = importlib.import_module("xllamacpp")
         settings = library.CommonParams()
         settings.model.path = str(file)
+        if adapter is not None:
+            settings.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
         settings.n_ctx = LONGEST + 2 * TOKENS
         settings.n_parallel = 1
         settings.port = 0
@@ -68,7 +71,7 @@ class GgufReader:
         except (RuntimeError, ValueError) as error:
             raise ExportError(
                 "FG-EXPORT-042",
-                f"llama.cpp does not load {file}: {error}",
+                f"llama.cpp does not load {adapter or file}: {error}",
                 fix="export it again; if that does not help, the file is a bug worth reporting",
             ) from error
         self.size = size

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finegraft.core.errors import FinegraftError
-from finegraft.data import labels, render, rows
+from finegraft.data import labels, mix, render
 from finegraft.data.sources import read_rows
 from finegraft.export._origin import Origin
 
@@ -115,9 +115,7 @@ def _held_out(origin: Origin) -> list[list[dict[str, Any]]]:
     if settings is None or not (settings.eval_data or settings.eval_fraction):
         return []
     try:
-        read = rows.apply_map(read_rows(settings.eval_data or settings.data), settings.map)
-        _, layout = rows.detect(read)
-        found = rows.conversations(read, layout)
+        found = mix.read(settings.eval_data or settings.data, settings.map).conversations
     except FinegraftError as error:
         logger.warning("the held-out rows cannot be read (%s); asking built-in prompts", error.code)
         return []
@@ -131,11 +129,11 @@ def _held_out_texts(origin: Origin) -> list[str]:
     if settings is None:
         return []
     try:
-        read = rows.apply_map(read_rows(settings.eval_data or settings.data), settings.map)
+        read = read_rows(settings.eval_data or settings.data, settings.map)
         column, pair = labels.text_columns(
             list(read[0]), settings.text_column, settings.text_pair_column
         )
-        return [] if pair else labels.texts_of(read[-ROWS:], column, str(settings.data))
+        return [] if pair else labels.texts_of(read[-ROWS:], column)
     except FinegraftError as error:
         logger.warning("the rows cannot be read (%s); asking built-in texts", error.code)
         return []

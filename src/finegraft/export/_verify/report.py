@@ -38,7 +38,7 @@ class Tolerance:
 _HALF = Tolerance(0.06, 0.1, 0.02)
 _FOUR = Tolerance(1.0, 0.35, 0.25)
 TOLERANCES = {
-    # small updates are lost where they are below half a step of a bfloat16 weight
+    # of other methods than LoRA, updates below half a step of a bfloat16 weight are lost
     "merged_16bit": Tolerance(0.2, 0.15, 0.15),
     "lora": _HALF,
     "merged_4bit": Tolerance(1.0, 0.5, 0.6),

@@ -9,12 +9,21 @@ express is an error.
 from __future__ import annotations
 
 from finegraft.export._contract import Format, Written
-from finegraft.export.gguf.check import verify
+from finegraft.export.gguf.check import verify, verify_lora
 from finegraft.export.gguf.lora import write_lora
 from finegraft.export.gguf.types import FILE_TYPES
 from finegraft.export.gguf.writer import problems, write
 
-__all__ = ["FILE_TYPES", "FORMAT", "Written", "problems", "verify", "write", "write_lora"]
+__all__ = [
+    "FILE_TYPES",
+    "FORMAT",
+    "Written",
+    "problems",
+    "verify",
+    "verify_lora",
+    "write",
+    "write_lora",
+]
 
 FORMAT = Format(
     summary="GGUF for llama.cpp, Ollama, LM Studio, GPT4All",

@@ -55,6 +55,9 @@ def read(file: Path) -> Facts:
 
     number = value("general.file_type", -1)
     label = next((n for n, kind in types.FILE_TYPES.items() if kind.id == number), None)
+    is_model = value("general.type", "model") == "model"
+    if not is_model and reader.tensors:
+        label = reader.tensors[0].tensor_type.name.lower()  # adapters have no file type
     rope = {key.partition(".rope.")[2]: value(key) for key in reader.fields if ".rope." in key}
     return Facts(
         str(value("general.name", file.stem)),
@@ -62,5 +65,5 @@ def read(file: Path) -> Facts:
         len(value("tokenizer.ggml.tokens", ())),
         frozenset(tensor.name for tensor in reader.tensors),
         rope,
-        value("general.type", "model") == "model",
+        is_model,
     )

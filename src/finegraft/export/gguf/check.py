@@ -9,17 +9,19 @@ needs llama.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
 
 from finegraft.export._contract import Check
+from finegraft.export.gguf import lora, types
 from finegraft.export.gguf import plan as planning
-from finegraft.export.gguf import types
 from finegraft.export.gguf.plan import Plan
 from finegraft.export.gguf.source import open_source
 
@@ -77,6 +79,58 @@ def verify(
     return [missing, weights, facts, tokens]
 
 
+def verify_lora(adapter: Any, file: str | Path, *, base: Any = None) -> list[Check]:
+    """Compare ``file`` with the adapter that it was made from.
+
+    Args:
+        adapter: A folder or a peft model, as for ``write_lora``, and so is ``base``.
+        file: What ``write_lora`` wrote.
+
+    Returns:
+        Checks ``tensors``, ``weights`` and ``facts``; the file is good if all are.
+
+    Raises:
+        ExportError: As for ``write_lora``, for an adapter that cannot be written.
+    """
+    reader = GGUFReader(file)
+    there = {tensor.name: tensor for tensor in reader.tensors}
+    with lora.opened(adapter, base) as (folder, config):
+        alpha, architecture, entries = lora.read(folder, config)
+        wrong = sorted(there.keys() ^ {entry.name for entry in entries})
+        worst, place = 0.0, None
+        for entry in entries:
+            found = there.get(entry.name)
+            shape = found is not None and tuple(int(n) for n in reversed(found.shape))
+            if found is None or shape != entry.shape:
+                wrong += [entry.name] if found is not None else []
+                continue
+            error = _error(entry.read().float().numpy(), found)
+            if not error <= worst:
+                worst, place = error, entry.name
+    wanted = {
+        "general.type": "adapter",
+        "general.architecture": architecture.name,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+    facts = _check("facts", [key for key, value in wanted.items() if not _same(reader, key, value)])
+    return [_names(wrong), _values(worst, place), facts]
+
+
+def rows_of(file: str | Path, name: str, ids: Sequence[int]) -> tuple[torch.Tensor | None, float]:
+    """Rows [n, d] of the tensor ``name`` in ``file``, None where it has no such rows.
+
+    Returns:
+        The rows, and the relative error that their type may have.
+    """
+    tensor = next((t for t in GGUFReader(file).tensors if t.name == name), None)
+    if tensor is None or max(ids) >= int(tensor.shape[1]):
+        return None, 0.0
+    rows = gguf.quants.dequantize(tensor.data[list(ids)], tensor.tensor_type)
+    values = torch.tensor(np.asarray(rows, dtype=np.float32))
+    return values, _TOLERANCE[tensor.tensor_type]
+
+
 def _tensors(plan: Plan, reader: GGUFReader, file_type: types.FileType) -> tuple[Check, Check]:
     """One check of names, shapes and types, one of the values."""
     there = {tensor.name: tensor for tensor in reader.tensors}
@@ -94,17 +148,17 @@ def _tensors(plan: Plan, reader: GGUFReader, file_type: types.FileType) -> tuple
         error = _error(entry.read().float().numpy(), found)
         if not error <= worst:  # also where it is not a number
             worst, place = error, entry.name
-    names = Check(
-        "tensors",
-        len(wrong),
-        0,
-        not wrong,
-        f"missing, left over, or of another shape or type: {', '.join(wrong[:5])}"
-        if wrong
-        else None,
-    )
+    return _names(wrong), _values(worst, place)
+
+
+def _names(wrong: list[str]) -> Check:
+    told = f"missing, left over, or of another shape or type: {', '.join(wrong[:5])}"
+    return Check("tensors", len(wrong), 0, not wrong, told if wrong else None)
+
+
+def _values(worst: float, place: str | None) -> Check:
     cause = None if worst <= 1 else f"{place} holds other values than the model"
-    return names, Check("weights", worst, 1.0, worst <= 1, cause)
+    return Check("weights", worst, 1.0, worst <= 1, cause)
 
 
 def _error(wanted: np.ndarray, found: Any) -> float:

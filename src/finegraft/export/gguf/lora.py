@@ -10,11 +10,12 @@ llama.cpp scales by alpha / r. rsLoRA scales by alpha / sqrt(r), so alpha * sqrt
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,18 +80,44 @@ def write_lora(
             allowed="f32, f16, bf16",
             fix="f16 halves the file; quantize the base instead",
         )
+    with opened(adapter, base) as (folder, config):
+        if name is None and not isinstance(adapter, str | Path):
+            name = adapter.active_adapters[0]
+        return _write(folder, Path(path), config, file_type, label, name)
+
+
+@contextlib.contextmanager
+def opened(adapter: Any, base: Any = None) -> Iterator[tuple[Path, Any]]:
+    """Run the block with a folder of the adapter and the base model's configuration.
+
+    Raises:
+        ExportError: FG-EXPORT-020 not a LoRA adapter, FG-EXPORT-023 no base model.
+    """
     if isinstance(adapter, str | Path):
-        return _write(Path(adapter), Path(path), _base(Path(adapter), base), file_type, label, name)
+        yield Path(adapter), _base(Path(adapter), base)
+        return
     if not hasattr(adapter, "peft_config"):
         raise _no_lora(f"a {adapter.__class__.__name__} without an adapter")
+    active = adapter.active_adapters
+    if len(active) != 1:
+        raise _no_lora(f"{len(active)} active adapters")
     with tempfile.TemporaryDirectory() as temporary:
-        active = adapter.active_adapters
-        if len(active) != 1:
-            raise _no_lora(f"{len(active)} active adapters")
         adapter.save_pretrained(temporary, selected_adapters=active, save_embedding_layers=False)
         folder = Path(temporary) if active[0] == "default" else Path(temporary) / active[0]
-        config = swap.core(adapter).config
-        return _write(folder, Path(path), config, file_type, label, name or active[0])
+        yield folder, swap.core(adapter).config
+
+
+def read(folder: Path, base: Any) -> tuple[float, architectures.Architecture, list[Entry]]:
+    """What the file of the adapter in ``folder`` must hold: alpha, architecture and tensors.
+
+    Raises:
+        ExportError: FG-EXPORT-020 to FG-EXPORT-022 and FG-EXPORT-003, as for ``write_lora``.
+    """
+    config = _config(folder)
+    _check(config)
+    architecture = architectures.find(base)
+    tensors = _stream.open_files([folder / "adapter_model.safetensors"]) or {}
+    return alpha(config), architecture, _entries(tensors, architecture, base, int(config["r"]))
 
 
 def _no_lora(found: str) -> ExportError:
@@ -130,13 +157,9 @@ def _config(folder: Path) -> dict[str, Any]:
 def _write(
     folder: Path, path: Path, base: Any, file_type: types.FileType, label: str, name: str | None
 ) -> Written:
-    config = _config(folder)
-    _check(config)
+    strength, architecture, entries = read(folder, base)
     name = name or folder.resolve().name
     target = path if path.suffix == ".gguf" else path / f"{name}-LoRA-{file_type.label}.gguf"
-    architecture = architectures.find(base)
-    tensors = _stream.open_files([folder / "adapter_model.safetensors"]) or {}
-    entries = _entries(tensors, architecture, base, int(config["r"]))
     kinds = {
         entry.name: types.Type.F32 if len(entry.shape) < 2 else file_type.base for entry in entries
     }
@@ -146,7 +169,7 @@ def _write(
         out.add_type(gguf.GGUFType.ADAPTER)
         out.add_name(name)
         out.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        out.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha(config))
+        out.add_float32(gguf.Keys.Adapter.LORA_ALPHA, strength)
         writer.start(out, entries, kinds)
         for entry in entries:
             pieces = quantize.pieces(entry.read(), kinds[entry.name], pool, 1)
