@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
-from command_line import COMMAND, environment
+from serving_command import make_adapter, served
 
 from finegraft.core import pypi
 from finegraft.models import packaged
@@ -25,33 +25,6 @@ QUESTIONS = [
     for text in ("What is the capital of France?", "Name a colour.", "Say hello in Spanish.")
 ]
 KEY = "a-key-for-the-tests"
-
-
-@contextlib.contextmanager
-def served(*words, cwd, **env):
-    """Run the command; yields its address and the process."""
-    command = [*COMMAND, "serve", *map(str, words), "--port", "0", "--threads", "1", "--json"]
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment(**env),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        ) as process,
-    ):
-        try:
-            line = process.stdout.readline()
-            errors.seek(0)
-            assert "url" in line, line + errors.read()
-            process.errors = errors
-            yield json.loads(line)["url"], process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(60)
 
 
 def client(url, key="unused"):
@@ -91,21 +64,14 @@ def llama_cpp(gguf):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A random adapter on the demo model."""
-    import torch
+    return make_adapter(tmp_path_factory.mktemp("tuned") / "pirate")
 
-    from finegraft import FastLanguageModel, opening
 
-    model, tokenizer = FastLanguageModel.from_pretrained("demo", dtype="float32")
-    model = FastLanguageModel.get_peft_model(model, r=4)
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    folder = tmp_path_factory.mktemp("tuned") / "pirate"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    opening.write_note(model, folder)
-    return folder
+@pytest.fixture(scope="module", params=["llamacpp", "inprocess"])
+def engine(request, gguf):
+    """Words of the command line for each engine."""
+    model = gguf if request.param == "llamacpp" else "demo"
+    return (model, "--name", "small", "--slots", 4, "--context", 512)
 
 
 def test_greedy_answers_of_a_gguf_file_equal_those_of_the_engine_alone(gguf, llama_cpp):
@@ -184,35 +150,35 @@ def test_what_llama_cpp_refuses_is_the_clients_error(llama_cpp):
 
 KILLED = """
 import openai, sys
-api = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="unused")
+api = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key=sys.argv[2])
 messages = [{"role": "user", "content": "Write a very long story."}]
 for chunk in api.chat.completions.create(model="small", messages=messages, stream=True):
     print("x", flush=True)
 """
 
 
-def test_a_killed_client_frees_its_place_within_a_second(llama_cpp):
-    command = [sys.executable, "-c", KILLED, llama_cpp]
+def kill_a_client(url):
+    """Start a client, kill -9 it in the middle of its stream; places must be free at once."""
+    command = [sys.executable, "-c", KILLED, url, KEY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "x\n" and process.stdout.readline() == "x\n"
-        assert running(llama_cpp) == 1
+        assert running(url) == 1
         process.kill()
         began = time.monotonic()
-        while running(llama_cpp):
+        while running(url):
             assert time.monotonic() - began < 1.0
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_being_stopped_finishes_open_streams_and_ends_well(gguf, number):
-    with served(gguf, "--context", 512, cwd=gguf.parent, FINEGRAFT_API_KEY=KEY) as (url, process):
+def test_a_killed_client_frees_its_place_and_a_stopped_server_finishes_its_streams(engine, gguf):
+    with served(*engine, cwd=gguf.parent, FINEGRAFT_API_KEY=KEY) as (url, process):
+        kill_a_client(url)
         with client(url) as stranger, pytest.raises(openai.AuthenticationError):
             stranger.models.list()
         with client(url, KEY) as api:
-            (model,) = api.models.list()
-            stream = say(api, model.id, QUESTIONS[0], max_tokens=60, stream=True)
+            stream = say(api, "small", QUESTIONS[0], max_tokens=60, stream=True)
             chunks = [next(stream), next(stream)]
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
             chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason in ("length", "stop")
         assert process.wait(20) == 0
@@ -220,6 +186,31 @@ def test_being_stopped_finishes_open_streams_and_ends_well(gguf, number):
         assert KEY not in process.errors.read()
         with pytest.raises(OSError):
             running(url)
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_finishes_open_streams_and_a_second_one_ends_at_once(gguf, presses):
+    words = 20 if presses == 1 else 4000
+    body = {"messages": QUESTIONS[0], "max_tokens": words, "stream": True}
+    body["logit_bias"] = {"0": -100, "2": -100}  # no end of its own
+    headers = {"Content-Type": "application/json"}
+    with served(gguf, cwd=gguf.parent) as (url, process):
+        data, path = json.dumps(body).encode(), "/v1/chat/completions"
+        asked = urllib.request.Request(url + path, data, headers)
+        with urllib.request.urlopen(asked) as answer:
+            began = time.monotonic()
+            said = [answer.readline() for _ in range(5)]
+            for _ in range(presses):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+            with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
+                said.append(answer.read())
+        whole = b"".join(said).endswith(b"data: [DONE]\n\n")
+        assert process.wait(20) == 0
+        process.errors.seek(0)
+        shown = process.errors.read()
+        assert "finishing open answers" in shown and "Traceback" not in shown
+        assert whole == (presses == 1) and time.monotonic() - began < 10
 
 
 def test_an_unmerged_adapter_and_its_base_answer_as_generate_does(tuned):
@@ -307,28 +298,16 @@ def test_a_gguf_encoder_gives_the_vectors_of_the_folder(tmp_path):
         assert ours == pytest.approx(theirs, abs=2e-3)
 
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
 @pytest.mark.slow
-def test_sixty_four_streams_for_two_minutes(llama_cpp):
-    """No error but 429, no stream that stops half-way, places free at the end."""
-    until = time.monotonic() + 120
-    counts = {"whole": 0, "full": 0}
-    lock = threading.Lock()
-
-    def work(number):
-        with client(llama_cpp) as api:
-            while time.monotonic() < until:
-                try:
-                    chunks = list(say(api, "small", QUESTIONS[number % 3], stream=True))
-                    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
-                    kind = "whole"
-                except openai.RateLimitError:
-                    kind = "full"
-                    time.sleep(0.5)
-                with lock:
-                    counts[kind] += 1
-
-    with ThreadPoolExecutor(64) as pool:
-        for job in [pool.submit(work, number) for number in range(64)]:
-            job.result()
-    assert counts["whole"] > 64
-    assert running(llama_cpp) == 0
+@pytest.mark.parametrize(("kind", "seconds"), [("llamacpp", 120), ("inprocess", 60)])
+def test_sixty_four_streams_for_minutes(gguf, kind, seconds):
+    """No error but 429, no stuck stream, flat memory, places free at once; see the benchmark."""
+    words = [str(gguf) if kind == "llamacpp" else "demo", "--alone", "--seconds", str(seconds)]
+    run = [sys.executable, str(BENCHMARKS / "serve_load.py"), *words]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["answers"] > 64 and found["problems"] == []

@@ -53,7 +53,7 @@ def model():
 def plain_prompts(monkeypatch):
     """A renderer without a template: what is tested here starts behind it."""
 
-    def render(messages, tokenizer):
+    def render(messages, tokenizer, tools=None):
         return [1, *tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]]
 
     monkeypatch.setattr(generate, "render_prompt", render)

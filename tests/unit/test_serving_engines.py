@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from contextlib import aclosing
 
 import gguf
@@ -19,7 +20,7 @@ from serving_tiny import code, running, save_adapter, save_model, send
 from finegraft import adapters, opening
 from finegraft.core.errors import DataError, ModelError
 from finegraft.inference.generate import complete
-from finegraft.serving.engines import Ask, Options, Piece, Settings, _lanes, choose
+from finegraft.serving.engines import Ask, Options, Piece, Settings, _lanes, _worker, choose
 from finegraft.serving.engines import _tools as tools
 from finegraft.serving.engines import _upstream as upstream
 from finegraft.serving.engines._choose import Chooser
@@ -83,6 +84,15 @@ def test_sampling_keeps_to_what_transformers_would_keep():
     assert len(chosen(logits, temperature=50.0)) > 30
 
 
+def test_sampling_follows_the_shares_and_never_takes_a_share_of_nothing():
+    shares = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    chooser = Chooser(Options(seed=3), Bytes(), 6)
+    drawn = torch.tensor([chooser.choose(shares.log())[0] for _ in range(4000)])
+    counted = drawn.bincount(minlength=6) / len(drawn)
+    assert counted[shares == 0].sum() == 0
+    torch.testing.assert_close(counted, shares, atol=0.03, rtol=0)
+
+
 def test_tokens_that_are_parts_of_characters_have_their_own_bytes():
     import training_tiny
 
@@ -117,6 +127,92 @@ def test_a_row_gets_the_same_logits_wherever_and_whenever_it_sits():
     with torch.no_grad():
         stock = model(input_ids=torch.tensor([[*prompt, 9, 10, 11]])).logits[0]
     torch.testing.assert_close(torch.stack(got), stock[3:], rtol=1e-4, atol=1e-4)
+
+
+def row_for(prompt, said):
+    return _lanes.Row(
+        prompt=prompt,
+        longest=3,
+        ends=frozenset(),
+        chooser=Chooser(Options(temperature=0), Bytes(), 640),
+        writer=Writer(Nothing()),
+        give=said.append,
+    )
+
+
+class Nothing:
+    def decode(self, ids, **options):
+        return "x" * len(ids)
+
+
+def test_short_prompts_join_together_and_long_ones_one_after_another():
+    import training_tiny
+
+    from finegraft.inference import weights
+
+    flushed = []
+    for length, expected in ((10, 4), (200, 1)):
+        said = []
+        lane = _lanes.Joining(weights.merge(training_tiny.llama()), 4, lambda: flushed.append(1))
+        for _ in range(5):
+            lane.add(row_for([5] * length, said))
+        lane.advance()
+        assert len(lane.active) == expected
+        while lane.busy:
+            lane.advance()
+        assert [piece.reason for piece in said if piece.reason] == ["length"] * 5
+    assert flushed
+
+
+def test_the_pieces_of_a_token_wake_the_clients_thread_once():
+    async def main():
+        post, boxes, woken = _worker.Post(), [asyncio.Queue(), asyncio.Queue()], []
+        loop = asyncio.get_running_loop()
+        post.loop = loop
+        with pytest.MonkeyPatch.context() as patch:
+            call = loop.call_soon_threadsafe
+            patch.setattr(loop, "call_soon_threadsafe", lambda *a: woken.append(a) or call(*a))
+            for box in boxes:
+                post.put(box, Piece(text="a"))
+            post.flush()
+            post.flush()
+        assert len(woken) == 1
+        return [(await box.get()).text for box in boxes]
+
+    assert asyncio.run(main()) == ["a", "a"]
+
+
+def test_one_thread_loads_and_answers(tmp_path, monkeypatch):
+    seen = set()
+    for target, name in (
+        (opening, "open_model"),
+        (_lanes.Slots, "begin"),
+        (_lanes.Slots, "append"),
+    ):
+        inner = getattr(target, name)
+
+        def noted(*words, inner=inner, **more):
+            seen.add(threading.get_ident())
+            return inner(*words, **more)
+
+        monkeypatch.setattr(target, name, noted)
+    with running(choose(Settings(str(save_model(tmp_path / "base"))))) as url:
+        assert send(url, "/v1/chat/completions", {"messages": HELLO, "max_tokens": 3})[0] == 200
+    assert len(seen) == 1
+
+
+def test_llama_cpp_never_sees_a_prompt_that_cannot_fit(tmp_path):
+    from finegraft.export import gguf as exported
+
+    exported.write(save_model(tmp_path / "base"), tmp_path / "tiny.gguf", "f32")
+    with running(choose(Settings(str(tmp_path / "tiny.gguf"), context=64, slots=1))) as url:
+        for text, expected in (("hello", 200), ("a b" * 1_000_000, 400)):
+            body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+            answer = send(url, "/v1/chat/completions", body)
+            assert answer[0] == expected
+        assert code(answer) == (400, "FG-SERVE-020")
+        answer = send(url, "/v1/completions", {"prompt": "a b" * 1_000_000})
+        assert code(answer) == (400, "FG-SERVE-020")
 
 
 def test_a_model_that_the_decoder_refuses_answers_as_generate_does(tmp_path):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_tiny import running, save_model, send
+from serving_tiny import Scripted, running, save_model, send
 
 from finegraft.serving.engines import Settings, choose
 from finegraft.serving.requests import Chat, Completion, Embeddings
@@ -150,3 +154,60 @@ def test_bodies_made_to_hurt(url, data):
     for path in PATHS[:2]:
         status, _, body = send(url, path, data)
         assert status < 500 and (status < 400 or "error" in json.loads(body))
+
+
+@pytest.fixture
+def fuzzer(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("serve_fuzz")
+
+
+def test_raw_requests_of_every_kind(url, fuzzer):
+    """The first few hundred of what ``benchmarks/serve_fuzz.py`` sends a hundred thousand of."""
+    found = fuzzer.fuzz(url, 600)
+    assert found.problems == []
+    assert {"200", "400", "404", "405", "415", "hung up"} <= set(found.statuses)
+    assert sum(found.statuses.values()) == 600
+
+
+def test_the_fuzzer_notices_what_it_is_for(fuzzer):
+    class Broken:
+        """Says 500 to everybody."""
+
+        async def __call__(self, scope, receive, send):
+            start = {"type": "http.response.start", "status": 500, "headers": []}
+            await send(start)
+            await send({"type": "http.response.body", "body": b'{"choices": [{"text": "x"}]}'})
+
+    engine = Scripted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving_tiny.build", lambda *_, **__: Broken())
+        with running(engine) as address:
+            found = fuzzer.fuzz(address, 20)
+    assert any("status 500" in problem for problem in found.problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--gguf"]], ids=["inprocess", "llamacpp"])
+def test_a_hundred_thousand_raw_requests(more):
+    script = Path(__file__).parents[2] / "benchmarks" / "serve_fuzz.py"
+    words = [sys.executable, str(script), "--requests", "100000", *more]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["requests"] == 100_000
+
+
+def test_answers_are_those_of_the_openapi_document(url, tmp_path):
+    """Schemathesis makes requests from the document, and holds the answers against it."""
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    words = ["run", f"{url}/openapi.json", f"--checks={checks},response_schema_conformance"]
+    words += ["--max-examples=15", "--phases=coverage,fuzzing", "--seed=1", "--no-color"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("schemathesis"), *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

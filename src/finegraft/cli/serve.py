@@ -130,6 +130,10 @@ def serve(
         out.note(f"API        {url}/v1" + (" (needs the API key)" if key else ""))
         out.note("Ctrl-C finishes open answers and ends")
 
+    def stopping() -> None:
+        out.note("finishing open answers; Ctrl-C again ends at once")
+
+    out.note(f"loading {model}")
     with quiet_libraries():
         run(
             settings,
@@ -138,6 +142,7 @@ def serve(
             key=key,
             limits=Limits(waiting=queue, seconds=timeout, most_bytes=max_body),
             ready=ready,
+            stopping=stopping,
         )
 
 

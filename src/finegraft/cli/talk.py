@@ -236,7 +236,9 @@ def chat(
     """Talk with a model in the terminal."""
     out: Output = ctx.obj
     if not 0 < top_p <= 1:
-        raise ConfigError("FG-GEN-002", f"top_p is {top_p}", allowed="0 < top_p <= 1", fix="0.9")
+        raise ConfigError(
+            "FG-GEN-002", f"top_p is {top_p}", allowed="0 < top_p <= 1", fix="--top-p 0.9"
+        )
     loaded, tokenizer = load(out, model, load_in_4bit)
     interactive = sys.stdin.isatty()
     if interactive:

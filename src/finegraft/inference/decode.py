@@ -190,7 +190,7 @@ def _start(
     lengths, reason = (None, reason) if reason else _lengths(ids, kwargs)
     weights = None
     if lengths is not None:
-        weights, reason = _ready(model)
+        weights, reason = merged_weights(model)
     if weights is None or lengths is None:
         logger.debug("this call is decoded by transformers: %s", reason)
         return None
@@ -241,7 +241,7 @@ def _lengths(ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[list[int] | Non
     return counts.tolist(), None
 
 
-def _ready(core: Any) -> tuple[reader.Weights | None, str | None]:
+def merged_weights(core: Any) -> tuple[reader.Weights | None, str | None]:
     """Merged weights of the model as it is now, or why there are none."""
     state = _states.setdefault(core, _State())
     with state.lock:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,24 +26,27 @@ import torch
 from finegraft.core.errors import ConfigError, DataError
 from finegraft.data.conversation import Message
 from finegraft.data.render import render_prompt, stop_token_ids
+from finegraft.data.spans import Tools
 from finegraft.inference.decode import decoding
 from finegraft.inference.modes import answering
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the generation configuration's and the template's."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
     return sorted({i for i in (*named, *stop_token_ids(tokenizer)) if i is not None})
 
 
-def _pad_id(tokenizer: Any, stops: list[int]) -> int:
+def pad_id(tokenizer: Any, stops: list[int]) -> int:
+    """A token to fill up with; the model never sees it."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return stops[0] if stops else 0
 
 
-def _context_length(model: Any) -> int | None:
+def context_length(model: Any) -> int | None:
+    """Tokens of prompt and answer together that the model has positions for; None: any number."""
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
@@ -79,7 +82,7 @@ def _options(
             allowed="prompt_lookup_num_tokens >= 1, with temperature=0 (greedy)",
             fix="leave one of them out",
         )
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampling,
@@ -93,7 +96,7 @@ def _options(
         use_cache=True,
         prompt_lookup_num_tokens=looked_up,
         eos_token_id=stops or None,
-        pad_token_id=_pad_id(tokenizer, stops),
+        pad_token_id=pad_id(tokenizer, stops),
     )
 
 
@@ -109,7 +112,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _left_padded(prompts: list[list[int]], pad: int, device: Any) -> dict[str, torch.Tensor]:
+def left_padded(prompts: list[list[int]], pad: int, device: Any) -> dict[str, torch.Tensor]:
     """Ids, mask and positions [b, t]; every prompt ends in the last column."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad)
@@ -125,14 +128,18 @@ def _left_padded(prompts: list[list[int]], pad: int, device: Any) -> dict[str, t
     }
 
 
-def _prompts(model: Any, tokenizer: Any, conversations: Sequence[Any]) -> list[list[int]]:
+def _prompts(
+    model: Any, tokenizer: Any, conversations: Sequence[Any], tools: Sequence[Tools] | None = None
+) -> list[list[int]]:
     """Render the conversations and refuse what the model has no room for.
 
     Raises:
         DataError: FG-GEN-001, a prompt fills the model's whole context or is empty.
     """
-    prompts = [list(render_prompt(list(messages), tokenizer)) for messages in conversations]
-    limit = _context_length(model)
+    given = tools or [None] * len(conversations)
+    pairs = zip(conversations, given, strict=True)
+    prompts = [list(render_prompt(list(messages), tokenizer, own)) for messages, own in pairs]
+    limit = context_length(model)
     for number, prompt in enumerate(prompts):
         if not prompt or (limit is not None and len(prompt) >= limit):
             raise DataError(
@@ -159,6 +166,8 @@ def complete(
     seed: int | None = None,
     batch_size: int = 8,
     prompt_lookup_num_tokens: int | None = None,
+    tools: Sequence[Tools] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Answer every conversation.
 
@@ -174,6 +183,8 @@ def complete(
         prompt_lookup_num_tokens: Guess up to this many tokens from the text so far and check them
             at once. The answer stays the same; answers that repeat their prompt come several times
             faster, one conversation at a time. 10 is a good start; None: off.
+        tools: JSON schemas of tools for each conversation, for the template.
+        on_progress: Called with how many are answered, and of how many.
 
     Returns:
         The answers without special tokens, in the order of ``conversations``.
@@ -185,7 +196,7 @@ def complete(
     options = _options(
         model, tokenizer, max_new_tokens, temperature, top_p, prompt_lookup_num_tokens
     )
-    prompts = _prompts(model, tokenizer, conversations)
+    prompts = _prompts(model, tokenizer, conversations, tools)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers = [""] * len(prompts)
     if prompt_lookup_num_tokens is not None:
@@ -194,10 +205,12 @@ def complete(
     with answering(model), decoding(model, keep), _seeded(seed, model.device):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            inputs = _left_padded([prompts[i] for i in batch], options.pad_token_id, model.device)
+            inputs = left_padded([prompts[i] for i in batch], options.pad_token_id, model.device)
             out = model.generate(**inputs, generation_config=options)
             for i, ids in zip(batch, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 answers[i] = _text(tokenizer, _until_stop(ids, options.eos_token_id))
+            if on_progress is not None:
+                on_progress(min(start + batch_size, len(order)), len(order))
     return answers
 
 
@@ -280,7 +293,7 @@ def stream(
         model, tokenizer, max_new_tokens, temperature, top_p, prompt_lookup_num_tokens
     )
     prompts = _prompts(model, tokenizer, [messages])
-    inputs = _left_padded(prompts, options.pad_token_id, model.device)
+    inputs = left_padded(prompts, options.pad_token_id, model.device)
     return _streamed(model, tokenizer, inputs, options, seed)
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
@@ -65,23 +64,8 @@ class Limits:
     most_bytes: int = 4 << 20
 
 
-class Problem(BaseModel):
-    """What stands under ``error``."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ProblemBody(BaseModel):
-    """Body of every answer that is not 2xx."""
-
-    error: Problem
-
-
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ProblemBody}
+    status: {"model": replies.ProblemBody}
     for status in (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 503)
 }
 
@@ -224,8 +208,13 @@ class Service:
         """Describe one id."""
         served = next((s for s in self.engine.served if s.id == name), None)
         if served is None:
-            known = ", ".join(s.id for s in self.engine.served)
-            raise DataError("FG-SERVE-016", f"unknown model {_short(repr(name))}", allowed=known)
+            known = [s.id for s in self.engine.served]
+            raise DataError(
+                "FG-SERVE-016",
+                f"unknown model {_short(repr(name))}",
+                allowed=", ".join(known),
+                fix=did_you_mean(name, known),
+            )
         return self._model(served.id, served.parent)
 
     def _model(self, name: str, parent: str | None) -> dict[str, Any]:
@@ -321,7 +310,9 @@ def _handlers(app: FastAPI, service: Service) -> None:
     async def http(request: Request, error: Any) -> Response:
         if isinstance(error.__cause__, FinegraftError):  # raised while the body was read
             return replies.error(error.__cause__)
-        problem = DataError("FG-SERVE-015", str(error.detail))
+        problem = DataError(
+            "FG-SERVE-015", str(error.detail), fix="see /openapi.json for what each address takes"
+        )
         body = replies.error_body(problem)
         return JSONResponse(body, error.status_code, dict(error.headers or {}))
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from finegraft.core.errors import FinegraftError
@@ -34,6 +35,21 @@ _STATUS = {
     "FG-SERVE-023": (503, "server_error"),
     "FG-SERVE-024": (503, "server_error"),
 }
+
+
+class Problem(BaseModel):
+    """What stands under ``error``."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ProblemBody(BaseModel):
+    """Body of every answer that is not 2xx."""
+
+    error: Problem
 
 
 def error_body(error: FinegraftError, param: str | None = None) -> dict[str, Any]:

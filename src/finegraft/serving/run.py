@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import importlib.util
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -109,6 +110,7 @@ def serve(
     key: str | None = None,
     limits: Limits | None = None,
     ready: Callable[[str, engines.Engine], None] = lambda url, engine: None,
+    stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C; open answers are finished first.
 
@@ -119,6 +121,7 @@ def serve(
         key: What clients must send as a bearer token.
         limits: Queue, time and size.
         ready: Called with the address once the server answers.
+        stopping: Called when it was told to stop and begins to finish what is open.
 
     Raises:
         ConfigError: FG-SERVE-001 to FG-SERVE-005; ModelError, AdapterError: those of loading.
@@ -127,7 +130,7 @@ def serve(
     require_extra("fastapi", "uvicorn")
     engine = engines.choose(settings)
     with contextlib.closing(bind(host, port)) as listener:
-        asyncio.run(_serve(engine, listener, host, key, limits, ready))
+        asyncio.run(_serve(engine, listener, host, key, limits, ready, stopping))
 
 
 async def _serve(
@@ -137,6 +140,7 @@ async def _serve(
     key: str | None,
     limits: Limits | None,
     ready: Callable[[str, engines.Engine], None],
+    stopping: Callable[[], None],
 ) -> None:
     from finegraft.serving.app import Limits as Defaults
     from finegraft.serving.app import build
@@ -146,12 +150,14 @@ async def _serve(
         app = build(engine, key=key, host=host, limits=limits or Defaults())
         number = listener.getsockname()[1]
         url = f"http://{f'[{host}]' if ':' in host else host}:{number}"
-        await _until_stopped(app, listener, lambda: ready(url, engine))
+        await _until_stopped(app, listener, lambda: ready(url, engine), stopping)
     finally:
         await engine.stop()
 
 
-async def _until_stopped(app: Any, listener: socket.socket, ready: Callable[[], None]) -> None:
+async def _until_stopped(
+    app: Any, listener: socket.socket, ready: Callable[[], None], stopping: Callable[[], None]
+) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -175,23 +181,33 @@ async def _until_stopped(app: Any, listener: socket.socket, ready: Callable[[], 
         timeout_keep_alive=30,
     )
     server = Server(config)
-    with _stopping(server):
+    with _stopping(server, stopping):
         await server.serve(sockets=[listener])
+        # so that no engine waits for an answer to be whole
+        await asyncio.gather(*server.server_state.tasks, return_exceptions=True)
 
 
 @contextlib.contextmanager
-def _stopping(server: Any) -> Iterator[None]:
+def _stopping(server: Any, stopping: Callable[[], None]) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the server, the second time at once."""
     loop = asyncio.get_running_loop()
+    errors = logging.getLogger("uvicorn.error")
+    was_off = errors.disabled
+
+    def hang_up() -> None:
+        errors.disabled = True  # it reports cancelled requests as failures
+        for task in list(server.server_state.tasks):
+            task.cancel()
 
     def stop(*_: Any) -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-        loop.call_soon_threadsafe(lambda: None)
+        first = not server.should_exit
+        server.force_exit, server.should_exit = not first, True
+        loop.call_soon_threadsafe(stopping if first else hang_up)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
+        errors.disabled = was_off
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,8 +3,9 @@
 What: ``Chooser`` holds a request's options, its random stream and what it said. How: penalties and
 biases, then temperature, top-k, top-p and min-p in the order of transformers' ``generate``; each
 request has a generator of its own. Constraint: a seed gives the same answer whatever other rows
-there are; greedy without options is one argmax. Trade-off: rows are handled one by one, 0.3 ms each
-for a vocabulary of 49,152 when sampling.
+there are; greedy without options is one argmax. Trade-off: rows are handled one by one; for a
+vocabulary of 49,152 greedy takes 5 us (numpy's argmax, torch's takes 70), sampling 0.1 ms (one
+number looked up in the running sum of shares, ``torch.multinomial`` takes 0.9), top_p 3 ms.
 
 Shapes: v vocabulary.
 """
@@ -47,7 +48,8 @@ class Chooser:
         """Return a token for logits [v], and its share where that is wanted."""
         wanted = self.options
         scores = self._adjusted(logits)
-        token = int(scores.argmax()) if wanted.temperature == 0 else self._sample(scores)
+        greedy = wanted.temperature == 0
+        token = int(scores.float().numpy().argmax()) if greedy else self._sample(scores)
         self.said[token] = self.said.get(token, 0) + 1
         return token, self._share(logits, token) if wanted.top_logprobs is not None else None
 
@@ -77,7 +79,10 @@ class Chooser:
             shares[order[before >= wanted.top_p]] = 0.0  # the likeliest has nothing before it
         if wanted.min_p > 0:
             shares[shares < wanted.min_p * shares.max()] = 0.0
-        return int(torch.multinomial(shares, 1, generator=self._random))
+        upto = shares.cumsum(-1, dtype=torch.float64)
+        at = torch.rand((), generator=self._random, dtype=torch.float64) * upto[-1]
+        # the first whose sum is beyond it, so that a share of nothing is never taken
+        return int(torch.searchsorted(upto, at, right=True).clamp_(max=int(upto.argmax())))
 
     def _share(self, logits: torch.Tensor, token: int) -> Token:
         shares = torch.log_softmax(logits.float(), -1)

@@ -5,7 +5,8 @@ decoder on slots of one cache, so that a request joins and leaves between any tw
 ``Together`` calls the model's own ``generate`` for those that wait together, with our choice of
 tokens put in as a logits processor, for every model that the decoder does not know. Constraint:
 an answer does not depend on the others (float32 in ``Together``, always in ``Joining``). Trade-off:
-a prompt is read in one go, and the others wait for it.
+prompts are read in one go, some short ones or one long one between two tokens of the others, which
+wait for that.
 
 Shapes: b rows, t tokens of a prompt, v vocabulary, T columns of the caches; others as in
 ``inference.session``.
@@ -19,12 +20,15 @@ from typing import Any, Protocol
 
 import torch
 
+from finegraft.inference.generate import left_padded
 from finegraft.inference.session import Session
 from finegraft.inference.weights import Weights
 from finegraft.kernels.document_attention import Documents, document_attention
 from finegraft.serving.engines._choose import Chooser
 from finegraft.serving.engines._contract import Piece
 from finegraft.serving.engines._text import Writer
+
+_READ = 128  # tokens of prompts between two tokens of the others, or one longer prompt
 
 
 @dataclass(eq=False)
@@ -132,10 +136,12 @@ class Joining:
     Args:
         weights: With the adapter merged in.
         rows: Answers at a time.
+        flush: Called when the pieces of a token were given; one waking of the clients' thread for
+            all rows costs the steps less than one for each.
     """
 
-    def __init__(self, weights: Weights, rows: int):
-        self.weights, self.rows = weights, rows
+    def __init__(self, weights: Weights, rows: int, flush: Callable[[], None] = lambda: None):
+        self.weights, self.rows, self.flush = weights, rows, flush
         self.waiting: list[Row] = []
         self.active: dict[int, Row] = {}
         self.slots: Slots | None = None
@@ -150,11 +156,16 @@ class Joining:
         self.waiting.append(row)
 
     def advance(self) -> None:
-        """Let one request in, then append a token to every row."""
+        """Let requests in, then append a token to every row."""
         self.waiting = [row for row in self.waiting if not row.cancelled]
         self._drop()
-        if self.waiting and len(self.active) < self.rows:
+        read = 0
+        while self.waiting and len(self.active) < self.rows:
+            read += len(self.waiting[0].prompt)
+            if read > _READ and read > len(self.waiting[0].prompt):
+                break
             self._let_in(self.waiting.pop(0))
+            self.flush()
         if self.active:
             slots = self.slots
             assert slots is not None
@@ -163,6 +174,7 @@ class Joining:
             for place, row_logits in zip(places, logits, strict=True):
                 self.active[place].take(row_logits)
             self._drop()
+            self.flush()
         if not self.busy:
             self.slots = None  # memory of the longest answer is given back
 
@@ -188,10 +200,19 @@ class Together:
         switch: Called before each batch.
         rows: Answers at a time.
         pad: A token to fill up with.
+        flush: Called when the pieces of a token were given.
     """
 
-    def __init__(self, model: Any, switch: Callable[[], Any], rows: int, pad: int):
+    def __init__(
+        self,
+        model: Any,
+        switch: Callable[[], Any],
+        rows: int,
+        pad: int,
+        flush: Callable[[], None] = lambda: None,
+    ):
         self.model, self.switch, self.rows, self.pad = model, switch, rows, pad
+        self.flush = flush
         self.waiting: list[Row] = []
 
     @property
@@ -224,10 +245,10 @@ class Together:
             pad_token_id=self.pad,
         )
         self.model.generate(
-            **_left_padded([row.prompt for row in batch], self.pad, self.model.device),
+            **left_padded([row.prompt for row in batch], self.pad, self.model.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Choices(batch, self.pad)]),
-            stopping_criteria=StoppingCriteriaList([_Finished(batch)]),
+            stopping_criteria=StoppingCriteriaList([_Finished(batch, self.flush)]),
         )
 
 
@@ -248,24 +269,9 @@ class _Choices:
 class _Finished:
     """Which rows need no more tokens."""
 
-    def __init__(self, batch: list[Row]):
-        self.batch = batch
+    def __init__(self, batch: list[Row], flush: Callable[[], None]):
+        self.batch, self.flush = batch, flush
 
     def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.flush()
         return torch.tensor([row.done or row.cancelled for row in self.batch], device=ids.device)
-
-
-def _left_padded(prompts: list[list[int]], pad: int, device: Any) -> dict[str, torch.Tensor]:
-    """Ids and mask [b, t]; every prompt ends in the last column."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": positions.to(device),
-    }

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from finegraft.core.errors import DataError
@@ -39,14 +39,14 @@ class Encoder:
         self.settings = settings
         self.served: tuple[Served, ...] = (Served(settings.name or base_id(settings.model)),)
         self.slots = settings.slots
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "finegraft-serving")  # one, as in ``inprocess``
         self._model: Any = None
         self._tokenizer: Any = None
         self._first_token = False
 
     async def start(self) -> None:
         """Load model and tokenizer."""
-        await asyncio.to_thread(self._load)
+        await asyncio.wrap_future(self._thread.submit(self._load))
 
     def _load(self) -> None:
         import torch
@@ -68,7 +68,8 @@ class Encoder:
         self.vocabulary = self._model.get_input_embeddings().weight.shape[0]
 
     async def stop(self) -> None:
-        """Nothing runs."""
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         """Not this engine's business; ``features`` says so."""
@@ -81,17 +82,16 @@ class Encoder:
         Raises:
             DataError: FG-SERVE-020 a text that is too long, FG-SERVE-022 an empty one.
         """
-        return await asyncio.to_thread(self._embed, texts)
+        return await asyncio.wrap_future(self._thread.submit(self._embed, texts))
 
     def _embed(self, texts: list[str | list[int]]) -> Embedded:
-        with self._lock:
-            rows = [self._ids(number, text) for number, text in enumerate(texts)]
-            order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-            vectors: list[list[float]] = [[]] * len(rows)
-            for start in range(0, len(order), _BATCH):
-                batch = order[start : start + _BATCH]
-                for i, vector in zip(batch, self._vectors([rows[i] for i in batch]), strict=True):
-                    vectors[i] = vector
+        rows = [self._ids(number, text) for number, text in enumerate(texts)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        vectors: list[list[float]] = [[]] * len(rows)
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            for i, vector in zip(batch, self._vectors([rows[i] for i in batch]), strict=True):
+                vectors[i] = vector
         return Embedded(vectors, sum(map(len, rows)))
 
     def _ids(self, number: int, text: str | list[int]) -> list[int]:
@@ -103,7 +103,11 @@ class Encoder:
             too_long = len(text) > self.longest * 100  # no word piece has 100 characters
             ids = [0] * (self.longest + 1) if too_long else self._tokenizer(text)["input_ids"]
         if not ids or not text:
-            raise DataError("FG-SERVE-022", f"input {number} is empty or not made of tokens")
+            raise DataError(
+                "FG-SERVE-022",
+                f"input {number} is empty or not made of tokens",
+                fix="leave it out, or send a text that is not empty",
+            )
         if len(ids) > self.longest:
             raise DataError(
                 "FG-SERVE-020",

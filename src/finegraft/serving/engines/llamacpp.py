@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class LlamaCpp:
         self.served = tuple(names)
         self.features = frozenset({CHAT, COMPLETIONS, JSON_SCHEMA})
         self._server: Any = None
+        self._longest = 0  # bytes of the longest token; 0: not known
         self._at = _upstream.Address("127.0.0.1", 0, secrets.token_urlsafe(32))
 
     async def start(self) -> None:
@@ -66,9 +67,26 @@ class LlamaCpp:
         header = await asyncio.to_thread(read_header, self._path)
         if header.architecture in _ENCODERS:
             self.features = frozenset({EMBEDDINGS})
+        self._longest = header.longest_token
         self._server = await asyncio.to_thread(self._load)
         found = urlsplit(self._server.listening_address)
         self._at = _upstream.Address(found.hostname or "127.0.0.1", found.port or 0, self._at.key)
+
+    def _require_room(self, texts: Iterable[Any]) -> None:
+        """Refuse what cannot fit, before llama.cpp spends seconds on its tokens.
+
+        Raises:
+            DataError: FG-SERVE-020.
+        """
+        context = self.settings.context or _CONTEXT
+        size = sum(len(text) if isinstance(text, str) else self._longest for text in texts)
+        if self._longest and size > context * self._longest:
+            raise DataError(
+                "FG-SERVE-020",
+                f"the prompt has {size} characters",
+                allowed=f"{context} tokens for prompt and answer together",
+                fix="shorten the conversation, or start the server with a larger --context",
+            )
 
     def _load(self) -> Any:
         import xllamacpp
@@ -101,6 +119,8 @@ class LlamaCpp:
         out.warmup, out.use_jinja, out.ui = False, True, False
         out.endpoint_slots = out.endpoint_props = out.endpoint_metrics = False
         out.prefill_assistant = False  # an answer is always a new turn, as in the other engines
+        # a second cache, of up to 8 GiB, for prompts that no slot holds any more: not ours to take
+        out.cache_ram_mib = 0
         out.verbosity = 0
         out.embedding = EMBEDDINGS in self.features
         out.lora_adapters = [
@@ -117,6 +137,8 @@ class LlamaCpp:
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         """Answer with the adapter that the id stands for, or none."""
+        said = ask.prompt if ask.messages is None else [m["content"] for m in ask.messages]
+        self._require_room([said] if isinstance(said, str) else said or ())
         body = _upstream.body_of(ask)
         if self.settings.adapters:
             body["lora"] = [
@@ -129,6 +151,8 @@ class LlamaCpp:
 
     async def embed(self, model: str, texts: list[str | list[int]]) -> Embedded:
         """Vectors of length 1."""
+        for text in texts:
+            self._require_room([text])
         if not all(texts):
             raise DataError("FG-SERVE-022", "an input is empty", fix="send some text")
         body = {"model": model, "input": texts}
