@@ -23,6 +23,15 @@ EXPECTED = {
     "gemma": "<start_of_turn>user\nU1<|endoftext|>\n<start_of_turn>model\nA1<|endoftext|>\n",
     "alpaca": "Below is an instruction that describes a task. Write a response that completes "
     "the request.\n\n### Instruction:\nU1\n\n### Response:\nA1<|endoftext|>\n\n",
+    "llama-2": "[INST] U1 [/INST] A1 <|endoftext|>",
+    "llama-3.1": "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+    "December 2023\nToday Date: 26 Jul 2024\n\n<|endoftext|><|start_header_id|>user"
+    "<|end_header_id|>\n\nU1<|endoftext|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "A1<|endoftext|>",
+    "phi-4": "<|im_start|>user<|im_sep|>U1<|im_end|><|im_start|>assistant<|im_sep|>A1<|im_end|>",
+    "gemma-3": "<start_of_turn>user\nU1<|endoftext|>\n<start_of_turn>model\nA1<|endoftext|>\n",
+    "qwen-2.5": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+    "assistant.<|im_end|>\n<|im_start|>user\nU1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n",
     "mistral": "[INST] U1 [/INST] A1<|endoftext|>",
     "zephyr": "<|user|>\nU1<|endoftext|>\n<|assistant|>\nA1<|endoftext|>\n",
     "vicuna": "A chat between a curious user and an artificial intelligence assistant. The "
@@ -113,6 +122,33 @@ def test_sharegpt_mapping_reads_both_spellings() -> None:
     plain = [{"role": "system", "content": "S"}, *TURNS[:2]]
     assert text(tokenizer, told) == text(tokenizer, plain) == text(tiny(), plain)
     assert sum(render(plain, tokenizer).trained) == sum(render(plain, tiny()).trained)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("llama", "llama-2"),
+        ("llama-3.3", "llama-3.1"),
+        ("qwen25", "qwen-2.5"),
+        ("gemma3", "gemma-3"),
+    ],
+)
+def test_unsloths_other_names(alias: str, name: str) -> None:
+    one, other = (get_chat_template(tiny(None, **NO_BOS), word) for word in (alias, name))
+    assert one.chat_template == other.chat_template
+
+
+def test_gemma_3_takes_turns() -> None:
+    tokenizer = get_chat_template(tiny(None, **NO_BOS), "gemma-3")
+    with pytest.raises(Exception, match="one after the other"):
+        text(tokenizer, [user("a"), user("b")])
+
+
+def test_llama_31_calls_one_tool_a_turn() -> None:
+    tokenizer = get_chat_template(tiny(None, **NO_BOS), "llama-3.1")
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    with pytest.raises(Exception, match="one tool a turn"):
+        text(tokenizer, [user("a"), {"role": "assistant", "tool_calls": [call, call]}])
 
 
 def test_refusals() -> None:

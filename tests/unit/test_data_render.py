@@ -264,7 +264,7 @@ def test_refusing_template_says_why() -> None:
     with pytest.raises(DataError, match=r"FG-DATA-011.*system turns are not for me"):
         render(PAIR, tokenizer)
     with pytest.raises(DataError, match="row 12: the chat template"):
-        render_batch([PAIR, PAIR], tokenizer, first_row=12)
+        render_batch([PAIR, PAIR], tokenizer, names=["row 12", "row 13"])
 
 
 def test_template_that_hides_the_answer() -> None:

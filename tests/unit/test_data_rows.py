@@ -134,13 +134,13 @@ def test_map_of_an_unknown_column() -> None:
 @pytest.mark.parametrize(
     ("columns", "guess"),
     [
-        (["question", "answer"], "--map prompt=question --map completion=answer"),
+        (["problem", "answer"], "--map prompt=problem --map completion=answer"),
         (["id", "english", "translation_extra"], "--map prompt=english --map completion=transl"),
         (["Q", "A"], "--map prompt=Q --map completion=A"),
         (["prompt", "response"], "--map completion=response"),
         (["sentence", "translation"], "--map prompt=sentence --map completion=translation"),
         (["user_query", "model_reply"], "--map prompt=user_query --map completion=model_reply"),
-        (["instruction", "response"], "--map prompt=instruction --map completion=response"),
+        (["request", "response"], "--map prompt=request --map completion=response"),
         (["body"], "--map text=body"),
         (["chat"], "--map messages=chat"),
         (["question", "zzz"], "--map prompt=question --map completion=zzz"),
@@ -179,6 +179,8 @@ def test_tools_column() -> None:
     assert tools_of([{"text": "a"}, {"tools": None}]) is None
     tool = {"name": "f"}
     assert tools_of([{"tools": [tool]}, {}, {"tools": '[{"name": "f"}]'}]) == [[tool], None, [tool]]
-    for wrong in ("oops", '{"name": "f"}', 3):
+    assert tools_of([{"tools": '{"name": "f", "x": null}'}, {"tools": "[]"}]) == [[tool], None]
+    assert tools_of([{"tools": ['{"name": "f"}', tool]}]) == [[tool, tool]]
+    for wrong in ("oops", "3", 3, ["oops"], [3]):
         with pytest.raises(DataError, match=r"FG-DATA-012: row 2: .*'tools'"):
             tools_of([{}, {"tools": wrong}])

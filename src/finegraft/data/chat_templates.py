@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "templates"
 _END_OF_TURN = re.compile(r"\{#-? end_of_turn: (\S+) -?#\}\n?")
+# Other names that Unsloth has for the same template.
+_ALIASES = {
+    **dict.fromkeys(("llama", "llama2"), "llama-2"),
+    "llama3": "llama-3",
+    **dict.fromkeys(("llama-31", "llama31", "llama-3.2", "llama-3.3"), "llama-3.1"),
+    **dict.fromkeys(("qwen2.5", "qwen-25", "qwen25"), "qwen-2.5"),
+    **dict.fromkeys(("phi-3.5", "phi-35"), "phi-3"),
+    "phi4": "phi-4",
+    **dict.fromkeys(("gemma2", "gemma-2"), "gemma"),
+    "gemma3": "gemma-3",
+}
 _STANDARD = {"role": "role", "content": "content", "user": "user", "assistant": "assistant"}
 # Sets ``messages`` to the standard keys; messages that have them already stay as they are.
 _REMAP = (
@@ -130,7 +141,7 @@ def _load(chat_template: str | tuple[str, str] | Path) -> tuple[str, str | None]
     """The template's text and what ends a turn; None where that is not said."""
     if isinstance(chat_template, tuple):
         return _load(chat_template[0])[0], chat_template[1]
-    name = str(chat_template)
+    name = _ALIASES.get(str(chat_template), str(chat_template))
     if "{{" in name or "{%" in name:
         text = name
     elif name in template_names():

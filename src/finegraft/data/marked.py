@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from finegraft.core.errors import DataError
-from finegraft.data import labels, sources
+from finegraft.data import labels, mix, sources
 from finegraft.data.labels import Examples
+from finegraft.data.rows import apply_map
 from finegraft.data.tags import NO_SPACES, OUTSIDE, PREFIXED, Span, chunks
 
 _WORDS = ("tokens", "words", "token", "word")
 _TAGS = ("tags", "ner_tags", "labels", "ner", "slots", "slot_labels", "tag", "label")
 _SPANS = ("entities", "spans", "labels", "label", "annotations", "slots", "ner")
-_LINES = (".conll", ".bio", ".iob", ".iob2", ".tsv", ".txt")  # files of a word and its tag a line
+WORD_FILES = (".conll", ".bio", ".iob", ".iob2")
+_LINES = (*WORD_FILES, ".tsv", ".txt")  # files of a word and its tag a line
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,20 @@ class Columns:
     text: str
     label: str
     words: bool
+
+
+def read_rows(spec: sources.Spec, mapping: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Read the rows of every file of a specification; see ``read_file`` and ``sources.parts``.
+
+    Raises:
+        ConfigError: FG-DATA-036, a weight; DataError: as ``read_file``.
+    """
+    mix.require_no_weights(spec, "token_classification")
+    rows: list[dict[str, Any]] = []
+    for part in sources.parts(spec):
+        for file in sources.files(part):
+            rows += apply_map(read_file(file), part.map or mapping or {})
+    return rows
 
 
 def read_file(path: str | Path) -> list[dict[str, Any]]:

@@ -62,6 +62,7 @@ def prepare(
     completion_only: bool | None = None,
     truncation: str = "keep_start",
     tools: Sequence[Tools] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Prepared:
     """Render, cut and label conversations.
 
@@ -72,6 +73,7 @@ def prepare(
         completion_only: As in ``render``.
         truncation: ``keep_start`` cuts the end of a long row, ``keep_end`` its start.
         tools: JSON schemas of tools for each row, from ``rows.tools_of``.
+        names: What messages call each row; None: ``row N``, 1-based.
 
     Returns:
         The rows with counts and, in plain words, what was cut or dropped.
@@ -84,7 +86,7 @@ def prepare(
     kept_ids, kept_labels = [], []
     truncated, longest = 0, 0
     for start in range(0, len(conversations), _CHUNK_ROWS):
-        for row in _rendered(conversations, tokenizer, completion_only, tools, start):
+        for row in _rendered(conversations, tokenizer, completion_only, tools, start, names):
             longest = max(longest, len(row.input_ids))
             truncated += len(row.input_ids) > max_length
             ids, labels = _cut(row, max_length, truncation)
@@ -127,6 +129,7 @@ def _rendered(
     completion_only: bool | None,
     tools: Sequence[Tools] | None,
     start: int,
+    names: Sequence[str] | None,
 ) -> list[Rendered]:
     stop = min(start + _CHUNK_ROWS, len(conversations))
     return render_batch(
@@ -134,7 +137,9 @@ def _rendered(
         tokenizer,
         completion_only=completion_only,
         tools=tools[start:stop] if tools is not None else None,
-        first_row=start + 1,
+        names=names[start:stop]
+        if names is not None
+        else [f"row {number}" for number in range(start + 1, stop + 1)],
     )
 
 

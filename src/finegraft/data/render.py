@@ -6,7 +6,8 @@ answers' characters come from ``spans`` and are mapped to tokens by the tokenize
 Constraint: what precedes an answer in training is, id by id, what inference feeds; where the
 tokenizer would merge across that border, prompt and answer are tokenised apart. The end of a turn
 is learnt, what follows it is not: generation has stopped there. Trade-off: the text before each
-answer is tokenised a second time to prove it.
+answer is tokenised a second time to prove it; with such a tokenizer the starts of earlier answers
+in a row stay apart, which a prompt for a later one does not do.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def render_batch(
     *,
     completion_only: bool | None = None,
     tools: Sequence[Tools] | None = None,
-    first_row: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Rendered]:
     """``render`` for many conversations, with one call of the tokenizer.
 
@@ -92,7 +93,7 @@ def render_batch(
         tokenizer: As in ``render``.
         completion_only: As in ``render``.
         tools: JSON schemas of tools for each conversation.
-        first_row: Number of the first one, so that errors say ``row N``; None: they do not.
+        names: What errors call each conversation, ``row 3`` say; None: nothing.
 
     Raises:
         DataError: as ``render``.
@@ -105,9 +106,9 @@ def render_batch(
         try:
             plans.append(_plan(messages, tokenizer, completion_only, given, end_texts))
         except DataError as error:
-            if first_row is None:
+            if names is None:
                 raise
-            found = f"row {first_row + number}: {error.found}"
+            found = f"{names[number]}: {error.found}"
             raise DataError(error.code, found, allowed=error.allowed, fix=error.fix) from error
     texts = [plan.text for plan in plans]
     heads = [plan.text[:start] for plan in plans for start, _ in plan.spans]

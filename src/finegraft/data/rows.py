@@ -6,13 +6,14 @@ How: the layout comes from the column names of the first row; the formats are fo
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from finegraft.core.errors import DataError, near
 from finegraft.data.conversation import DatasetFormat, Message, Row
 from finegraft.data.formats import FORMATS
+from finegraft.data.formats._fields import parsed, without_nulls
+from finegraft.data.other_tasks import refuse_other_tasks
 
 # Column names that mean the same, most telling first.
 _SYNONYMS = {
@@ -68,7 +69,25 @@ def apply_map(rows: Sequence[Row], mapping: Mapping[str, str]) -> list[dict[str,
     Raises:
         DataError: FG-DATA-006, an old name that the rows do not have.
     """
-    columns = list(rows[0]) if rows else []
+    if not rows:
+        _require_columns([], mapping)
+    return list(renamed(rows, mapping))
+
+
+def renamed(rows: Iterable[Row], mapping: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """``apply_map`` for rows that come one at a time; the first one's columns are checked."""
+    taken = set(mapping.values()) | set(mapping)
+    for number, row in enumerate(rows):
+        if not number:
+            _require_columns(list(row), mapping)
+        if not mapping:
+            yield dict(row)
+            continue
+        kept = {key: value for key, value in row.items() if key not in taken}
+        yield {**{wanted: row.get(old) for wanted, old in mapping.items()}, **kept}
+
+
+def _require_columns(columns: Sequence[str], mapping: Mapping[str, str]) -> None:
     for wanted, old in mapping.items():
         if old not in columns:
             close = near(old, columns)
@@ -80,14 +99,6 @@ def apply_map(rows: Sequence[Row], mapping: Mapping[str, str]) -> list[dict[str,
                 if close
                 else f"--map {wanted}=<one of these columns>",
             )
-    if not mapping:
-        return [dict(row) for row in rows]
-    taken = set(mapping.values()) | set(mapping)
-    out = []
-    for row in rows:
-        kept = {key: value for key, value in row.items() if key not in taken}
-        out.append({**{wanted: row.get(old) for wanted, old in mapping.items()}, **kept})
-    return out
 
 
 def detect(rows: Sequence[Row], name: str | None = None) -> tuple[str, DatasetFormat]:
@@ -98,13 +109,16 @@ def detect(rows: Sequence[Row], name: str | None = None) -> tuple[str, DatasetFo
         name: A format to use instead of looking, which must fit the columns.
 
     Raises:
-        DataError: FG-DATA-002 no rows; FG-DATA-007 the columns fit no layout, or two.
+        DataError: FG-DATA-002 no rows; FG-DATA-007 the columns fit no layout, or two; FG-DATA-034,
+            FG-DATA-035 and FG-DATA-037, rows that would lose what they are about.
         ConfigError: FG-CORE-001, no format of that name.
     """
     if not rows:
         raise DataError("FG-DATA-002", "there are no rows", fix="pass at least one row")
     first = rows[0]
     columns = frozenset(first)
+    if name is None:
+        refuse_other_tasks(rows)
     known = dict(FORMATS.items())
     if name is not None:
         asked = FORMATS.get(name)
@@ -162,25 +176,41 @@ def _guess(wanted: str, columns: Sequence[str]) -> str | None:
     return None
 
 
-def conversations(rows: Sequence[Row], fmt: DatasetFormat) -> list[list[Message]]:
+def conversations(
+    rows: Sequence[Row], fmt: DatasetFormat, names: Sequence[str] | None = None
+) -> list[list[Message]]:
     """Return every row as a conversation.
 
+    Args:
+        rows: The rows.
+        fmt: Their layout.
+        names: What messages call each row; None: ``row N``, 1-based.
+
     Raises:
-        DataError: the format's own codes (FG-DATA-005, FG-DATA-012), with ``row N``, 1-based.
+        DataError: the format's own codes (FG-DATA-005, FG-DATA-012), naming the row.
     """
     out = []
-    for number, row in enumerate(rows, 1):
+    for place, row in enumerate(rows):
         try:
             out.append(fmt.to_messages(row))
         except DataError as error:
-            raise DataError(
-                error.code, f"row {number}: {error.found}", allowed=error.allowed, fix=error.fix
-            ) from error
+            found = f"{_name(place, names)}: {error.found}"
+            raise DataError(error.code, found, allowed=error.allowed, fix=error.fix) from error
     return out
 
 
-def tools_of(rows: Sequence[Row]) -> list[list[dict[str, Any]] | None] | None:
+def _name(place: int, names: Sequence[str] | None) -> str:
+    return names[place] if names is not None else f"row {place + 1}"
+
+
+def tools_of(
+    rows: Sequence[Row], names: Sequence[str] | None = None
+) -> list[list[dict[str, Any]] | None] | None:
     """Return each row's ``tools`` column for ``prepare``, or None when there is no such column.
+
+    Args:
+        rows: The rows.
+        names: As in ``conversations``.
 
     Raises:
         DataError: FG-DATA-012, tools that are neither a list nor JSON of one.
@@ -188,19 +218,21 @@ def tools_of(rows: Sequence[Row]) -> list[list[dict[str, Any]] | None] | None:
     if not any(row.get("tools") for row in rows):
         return None
     out: list[list[dict[str, Any]] | None] = []
-    for number, row in enumerate(rows, 1):
+    for place, row in enumerate(rows):
         tools = row.get("tools") or None
         if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except json.JSONDecodeError:
-                tools = 0  # not a list, so reported below
-        if tools is not None and not isinstance(tools, list):
+            read = parsed(tools)
+            tools = [read] if isinstance(read, Mapping) else 0 if read is None else read or None
+        if isinstance(tools, list):
+            tools = [parsed(tool) if isinstance(tool, str) else tool for tool in tools]
+        if tools is not None and not (
+            isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+        ):
             raise DataError(
                 "FG-DATA-012",
-                f"row {number}: the field 'tools' is not a list of JSON schemas",
+                f"{_name(place, names)}: the field 'tools' is not a list of JSON schemas",
                 allowed="a list of objects, or JSON of one",
                 fix="correct 'tools' or remove the column",
             )
-        out.append(tools)
+        out.append(without_nulls(tools))
     return out

@@ -93,10 +93,16 @@ def answer_spans(
         learnt = learnt[-1:]
         text, spans = _last_answer(messages[: learnt[0] + 1], tokenizer, tools)
     for i, (start, stop) in zip(learnt, spans, strict=True):
-        words = str(messages[i].get("content") or "").split()
-        if words and words[-1] not in text[start:stop]:
-            raise _hidden()  # templates for images show nothing of plain text
+        words = str(messages[i].get("content") or "").split()[-1:] + _called(messages[i])
+        if not all(word in text[start:stop] for word in words):
+            raise _hidden()  # templates for images show nothing of plain text, many no tool calls
     return text, spans
+
+
+def _called(message: Message) -> list[str]:
+    """Names of the functions that a message calls."""
+    calls = message.get("tool_calls") or []
+    return [str(call["function"]["name"]) for call in calls if "function" in call]
 
 
 def _hidden() -> DataError:

@@ -6,7 +6,7 @@ A message's ``weight`` of 0 keeps its answer from being learnt, as in OpenAI's f
 from __future__ import annotations
 
 from finegraft.data.conversation import DatasetFormat, Message, Row
-from finegraft.data.formats._fields import messages_of
+from finegraft.data.formats._fields import messages_of, with_system
 
 
 def _matches(columns: frozenset[str], row: Row) -> bool:
@@ -14,7 +14,7 @@ def _matches(columns: frozenset[str], row: Row) -> bool:
 
 
 def _to_messages(row: Row) -> list[Message]:
-    return messages_of("messages", row.get("messages"))
+    return with_system(row, messages_of("messages", row.get("messages")))
 
 
 FORMAT = DatasetFormat(

@@ -1,12 +1,14 @@
-"""Columns ``prompt`` and ``completion``: text, or lists of messages, as trl reads them.
+"""Columns ``prompt`` and ``completion``: text, a message, or lists of these, as trl reads them.
 
 Only the completion is learnt: answers inside a prompt that is a list get the weight 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from finegraft.data.conversation import DatasetFormat, Message, Row
-from finegraft.data.formats._fields import messages_of, text_of
+from finegraft.data.formats._fields import messages_of, text_of, with_system
 
 
 def _matches(columns: frozenset[str], row: Row) -> bool:
@@ -14,7 +16,9 @@ def _matches(columns: frozenset[str], row: Row) -> bool:
 
 
 def _side(field: str, value: object, role: str) -> list[Message]:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Mapping) and {"role", "from"} & set(value):
+        value = [value]
+    if isinstance(value, list | tuple):
         return messages_of(field, value)
     return [{"role": role, "content": text_of(field, value)}]
 
@@ -24,7 +28,8 @@ def _to_messages(row: Row) -> list[Message]:
     for message in prompt:
         if message["role"] == "assistant":
             message["weight"] = 0
-    return prompt + _side("completion", row.get("completion"), "assistant")
+    completion = _side("completion", row.get("completion"), "assistant")
+    return with_system(row, prompt + completion)
 
 
 FORMAT = DatasetFormat(

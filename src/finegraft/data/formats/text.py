@@ -8,7 +8,9 @@ from __future__ import annotations
 from finegraft.data.conversation import TEXT_ROLE, DatasetFormat, Message, Row
 from finegraft.data.formats._fields import text_of
 
-_OTHERS = frozenset({"completion", "messages", "conversations", "conversation", "output"})
+_OTHERS = frozenset(
+    {"completion", "messages", "conversations", "conversation", "output", "response", "answer"}
+)
 
 
 def _matches(columns: frozenset[str], row: Row) -> bool:
