@@ -1,16 +1,18 @@
-"""Write the pages of this folder that come from the source: config.md and errors.md.
+"""Write what comes from the source: config.md, errors.md and the data of ``finegraft explain``.
 
 What: ``python docs/make.py`` writes them, ``--check`` only says whether they are current. How: the
 settings are read from the schema, the errors from the syntax trees of ``src/finegraft``, where each
-is a call of an error class whose first argument is a code. Constraint: nothing is run to find the
-errors, so what a message holds at run time stands there as ``<name>``. Trade-off: a text that a
-helper function receives as an argument is shown as that argument's name.
+is a call of an error class whose first argument is a code; longer texts come from
+``core/explanations/texts.yaml``, findings from the tables of their checks. Constraint: nothing is
+run to find the errors, so what a message holds at run time stands there as ``<name>``. Trade-off: a
+text that a helper function receives as an argument is shown as that argument's name.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finegraft.core import errors, schema
+from finegraft.core import errors, explanations, schema
+from finegraft.core.registry import Registry
 
 DOCS = Path(__file__).parent
 SOURCE = DOCS.parent / "src" / "finegraft"
@@ -28,21 +31,26 @@ NOTE = "<!-- Written by docs/make.py from the source; after a change there: pyth
 PARTS = {
     "ADAPT": "Adapters",
     "ARG": "Keyword arguments",
+    "CHECK": "Findings of the data check",
     "CLASS": "Classification",
     "CLI": "Command line",
     "CONF": "Configuration",
     "CORE": "Names of formats, methods and kernels",
     "DATA": "Rows and their rendering",
     "DISK": "Folders and disks",
+    "EVAL": "Evaluation",
     "EXPORT": "Exporting",
     "GEN": "Generating",
+    "HUB": "Hub uploads",
     "KERNEL": "Kernels",
     "LADDER": "Comparing methods",
     "MODEL": "Models and tokenizers",
+    "PLAN": "Forecasts",
     "RUN": "Run folders",
     "SCORE": "Scoring",
     "SERVE": "Serving",
     "TOKEN": "New tokens",
+    "WATCH": "Watchdogs of training",
 }
 
 
@@ -162,6 +170,63 @@ def _builtin(kind: str) -> str:
     return next(b.__name__ for b in getattr(errors, kind).__mro__ if b.__module__ == "builtins")
 
 
+def findings() -> dict[str, dict[str, str]]:
+    """Findings, which are no errors: of the data check and of the watch over training."""
+    from finegraft.training.watch import FINDINGS
+
+    families: Registry[Any] = Registry("finegraft.data.audit.checks", "CHECKS", "data check")
+    found = {
+        check.code: {
+            "title": check.title,
+            "cause": check.cause,
+            "cure": check.cure,
+            "example": check.example,
+        }
+        for _, checks in families.items()
+        for check in checks
+    }
+    for code, watched in FINDINGS.items():
+        found[code] = {
+            "title": watched.title,
+            "cause": watched.cause,
+            "cure": watched.cure,
+            "example": f"{code}: {watched.title}",
+        }
+    return dict(sorted(found.items()))
+
+
+def explained() -> str:
+    """core/explanations/codes.json."""
+    by_code: dict[str, list[dict[str, str]]] = {}
+    for item in dict.fromkeys(raised()):
+        place = {
+            "kind": item.kind,
+            "builtin": _builtin(item.kind),
+            "file": item.file,
+            "found": " ".join(item.found.split()),
+            "allowed": " ".join(item.allowed.split()),
+            "fix": " ".join(item.fix.split()),
+        }
+        by_code.setdefault(item.code, []).append(place)
+    told = findings()
+    values = {
+        "parts": PARTS,
+        "errors": {code: by_code[code] for code in sorted(by_code) if code not in told},
+        "findings": told,
+    }
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def _told(code: str) -> list[str]:
+    """Cause, cure and example of a code that has texts of its own."""
+    text = explanations.texts().get(code)
+    if text is None:
+        return []
+    lines = [f"**{text['title']}** {' '.join(text['cause'].split())}", ""]
+    lines += [f"Cure: {' '.join(text['cure'].split())}", ""]
+    return [*lines, "```text", text["example"].rstrip(), "```", ""]
+
+
 def errors_page() -> str:
     """docs/errors.md."""
     lines = [
@@ -172,18 +237,23 @@ def errors_page() -> str:
         "Every deliberate error is a `FinegraftError` with a code that keeps its meaning, what was",
         "found, what is allowed and what fixes it. It is also the builtin named in brackets.",
         "`<name>` stands for what is filled in at run time. The command line prints the message",
-        "and exits with 2; `FINEGRAFT_DEBUG=1` shows the traceback instead.",
+        "and exits with 2; `FINEGRAFT_DEBUG=1` shows the traceback instead. In a terminal,",
+        "`finegraft explain CODE` shows the same.",
     ]
     by_code: dict[str, list[Raised]] = {}
     for item in raised():
         by_code.setdefault(item.code, []).append(item)
+    told = findings()
     part = ""
-    for code in sorted(by_code):
+    for code in sorted({**by_code, **told}):
         if code.split("-")[1] != part:
             part = code.split("-")[1]
             lines += ["", f"## {PARTS.get(part, part)}"]
-        lines += ["", f"### {code}", ""]
-        for item in dict.fromkeys(by_code[code]):
+        lines += ["", f"### {code}", "", *_told(code)]
+        if code in told:
+            words = {key: " ".join(text.split()) for key, text in told[code].items()}
+            lines += [f"**{words['title']}.** {words['cause']}", "", f"Cure: {words['cure']}"]
+        for item in dict.fromkeys(by_code.get(code, [])):
             lines.append(
                 f"- {_quoted(item.found)}, `{item.kind}` (`{_builtin(item.kind)}`), `{item.file}`"
             )
@@ -240,8 +310,12 @@ def config_page() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Each page of this folder that comes from the source, with its text."""
-    return {DOCS / "config.md": config_page(), DOCS / "errors.md": errors_page()}
+    """Each file that comes from the source, with its text."""
+    return {
+        DOCS / "config.md": config_page(),
+        DOCS / "errors.md": errors_page(),
+        explanations.FOLDER / "codes.json": explained(),
+    }
 
 
 def stale() -> list[Path]:

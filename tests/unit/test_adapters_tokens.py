@@ -217,7 +217,7 @@ def test_generation_is_fast_and_reads_the_trained_rows(base, tied):
     FastLanguageModel.for_inference(model)
     from finegraft.inference import decode
 
-    assert decode._ready(swap.core(model))[1] is None
+    assert decode.merged_weights(swap.core(model))[1] is None
     assert torch.equal(model.generate(input_ids=ids, **settings), slow)
     with torch.no_grad():  # trained on: the merged copy is made anew
         for name, parameter in model.named_parameters():

@@ -54,6 +54,8 @@ def sample(name, info):
     kind = _without_none(info.annotation)
     if name in ("target_modules", "modules_to_save"):
         return ["q_proj, v_proj"], ["q_proj", "v_proj"]
+    if name in ("data", "eval_data"):
+        return ["some.jsonl"], "some.jsonl"
     if name == "new_tokens":
         return ["<order>"], ["<order>"]
     if kind is bool:

@@ -340,9 +340,9 @@ def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
 
 
 def test_pauses_between_two_parts_of_a_run_are_no_training():
-    steps = [{"type": "step", "seconds": s} for s in (1.0, 2.5)]
-    events = [{"type": "start"}, *steps, {"type": "eval"}, {"type": "start"}, *steps]
-    assert rung.training_seconds(events) == 5.0
+    steps = [{"type": "step", "seconds": s} for s in (1.0, 2.5, 3.5, 5.0)]
+    events = [{"type": "start"}, *steps[:2], {"type": "eval"}, {"type": "start"}, *steps[2:]]
+    assert rung.training_seconds(events) == 5.0  # a resumed run counts on
     assert rung.training_seconds([]) == 0.0
 
 

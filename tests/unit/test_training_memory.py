@@ -60,7 +60,7 @@ def test_as_many_layers_as_memory_asks_for(monkeypatch, share, least, most):
     model = made()
     needed = memory.plan(model, batch(), 4096)
     total = needed.bytes_per_layer * needed.layers
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(total * share / memory._SHARE))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(total * share / memory.SHARE))
     chosen = memory.plan(model, batch(), 4096)
     assert least <= chosen.recomputed <= most
     assert model.config.num_hidden_layers == 6

@@ -288,7 +288,7 @@ def _refused(error: Exception) -> AdapterError:
         "FG-ADAPT-047",
         f"peft does not add this adapter: {error}",
         allowed="an adapter of the kind that the model carries",
-        fix="see the reason above",
+        fix="give it the settings of the first adapter, or load the base a second time for it",
     )
 
 

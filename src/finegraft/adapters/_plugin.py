@@ -160,7 +160,7 @@ def _refused(method: str, error: Exception) -> AdapterError:
     return AdapterError(
         "FG-ADAPT-004",
         f"peft refuses these settings of '{method}': {error}",
-        fix="see the reason above",
+        fix="correct the setting that it names, or leave it out for its default",
     )
 
 

@@ -464,5 +464,7 @@ def _sizes(config: Any, found: Any) -> None:
 def refused_by_peft(error: Exception) -> AdapterError:
     """The error for settings that peft does not take: FG-ADAPT-039."""
     return AdapterError(
-        "FG-ADAPT-039", f"peft refuses these settings: {error}", fix="see the reason above"
+        "FG-ADAPT-039",
+        f"peft refuses these settings: {error}",
+        fix="correct the setting that it names, or leave it out for its default",
     )

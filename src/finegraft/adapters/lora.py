@@ -316,7 +316,9 @@ def attach(
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(
-            "FG-ADAPT-004", f"peft refuses these LoRA settings: {error}", fix="see the reason above"
+            "FG-ADAPT-004",
+            f"peft refuses these LoRA settings: {error}",
+            fix="correct the setting that it names, or leave it out for its default",
         ) from error
     if start == "loftq" or _lora_start.doubles(start):
         _lora_start.apply(wrapped, adapter_name, str(start))

@@ -23,6 +23,7 @@ from finegraft.core.schema import TrainConfig, groups, parse_assignment
 
 # names; anything else is all-linear or a regular expression
 _NAMES = re.compile(r"[\w.\s,]+")
+SOURCES = ("data", "eval_data")
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 
@@ -57,6 +58,8 @@ def _parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
         accepted, metavar = kind, "CHOICE"
     elif get_origin(kind) is dict:
         accepted, metavar = list[str], "WANTED=FOUND" if name == "map" else "NAME=VALUE"
+    elif name in SOURCES:  # one is text, several are a list
+        accepted, metavar = list[str], "ROWS"
     elif get_origin(kind) is list:  # what may hold commas is given once for each
         accepted, metavar = list[str], "TEXT"
     else:  # a list or one name
@@ -129,6 +132,9 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
         values["map"] = _mapping(values["map"])
     if "method_settings" in values:
         values["method_settings"] = dict(map(parse_assignment, values["method_settings"]))
+    for key in SOURCES:
+        if key in values and len(values[key]) == 1:
+            values[key] = values[key][0]
     for key in ("target_modules", "modules_to_save"):
         modules = values.get(key)
         if modules is not None and _NAMES.fullmatch(modules):

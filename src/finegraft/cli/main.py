@@ -20,7 +20,24 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from finegraft.cli import doctor, export, ladder, predict, quickstart, serve, talk, train
+from finegraft.cli import (
+    data,
+    data_check,
+    doctor,
+    explain,
+    export,
+    init,
+    ladder,
+    plan,
+    predict,
+    quickstart,
+    resume,
+    runs,
+    serve,
+    talk,
+    train,
+)
+from finegraft.cli import eval as evaluate
 from finegraft.cli.output import STATUS_ERROR, STATUS_INTERRUPTED, Output, debugging
 from finegraft.core.errors import FinegraftError
 
@@ -111,7 +128,24 @@ def root(
     """Set nothing up: every command says itself what it needs."""
 
 
-for _module in (quickstart, train, ladder, talk, export, serve, predict, doctor):
+for _module in (
+    quickstart,
+    data,
+    data_check,
+    init,
+    plan,
+    train,
+    resume,
+    ladder,
+    talk,
+    export,
+    serve,
+    predict,
+    evaluate,
+    runs,
+    doctor,
+    explain,
+):
     _module.register(app)
 
 

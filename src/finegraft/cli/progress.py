@@ -117,7 +117,15 @@ def _start(event: Event) -> list[tuple[str, str]]:
         f"{str(event['dtype']).removeprefix('torch.')}; {_count(event['trainable'])} of "
         f"{_count(event['parameters'])} parameters train"
     )
+    if event.get("step"):
+        words += f"; going on after step {event['step']:,}"
     return [(words, "")]
+
+
+def _watch(event: Event) -> list[tuple[str, str]]:
+    style = "bold red" if event["severity"] == "error" else "yellow"
+    words = f"{event['code']}: {event['message']}. Likely: {event['cause']}. Try: {event['cure']}"
+    return [(words, style)]
 
 
 def _evaluation(event: Event) -> str:
@@ -133,6 +141,7 @@ _LASTING = {
     "start": _start,
     "eval": lambda e: [(_evaluation(e), "cyan")],
     "notice": lambda e: [(e["message"], "yellow")],
+    "watch": _watch,
     "interrupted": lambda e: [(f"stopping after step {e['step']}, saved to {e['path']}", "yellow")],
 }
 

@@ -1,4 +1,4 @@
-"""``finegraft train`` and ``finegraft resume``.
+"""``finegraft train``, and what every command that trains shares.
 
 What: a configuration from YAML, ``--set`` and flags, in rising order, handed to
 ``training.run.train``. How: the flags come from the schema; the listener draws; the result is shown
@@ -8,12 +8,10 @@ with what can be typed next. Constraint: no default and no rule about training s
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -30,8 +28,8 @@ from finegraft.cli.output import (
 )
 from finegraft.cli.progress import Picture, clock, progress
 from finegraft.cli.tables import measures
-from finegraft.core.errors import ConfigError, StorageError, did_you_mean
-from finegraft.core.process import keep_freed_memory
+from finegraft.core.errors import StorageError
+from finegraft.core.process import bounded_memory, keep_freed_memory
 from finegraft.core.schema import TrainConfig, build, from_file
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -40,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def run_training(out: Output, config: TrainConfig, *, resume: bool = False) -> Any:
     """Train with progress on stderr and return the ``RunResult``."""
     keep_freed_memory()
-    with _terminable():
+    with terminable():
         with out.busy("starting"), quiet_libraries():
             from finegraft.training import run
         with (
@@ -48,12 +46,13 @@ def run_training(out: Output, config: TrainConfig, *, resume: bool = False) -> A
             quiet_datasets(),
             progress(out.err) as listener,
             _way_on(listener.picture, config.output),
+            bounded_memory(),
         ):
             return run.train(config, listener=listener, resume=resume)
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM ends the block like Ctrl-C, so that what was begun is removed on the way out."""
 
     def stop(number: int, frame: Any) -> None:
@@ -144,6 +143,10 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting of the file."),
     ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Choose micro-batch, recomputation and precision that fit."),
+    ] = False,
     as_json: Json = False,
     **flags: Any,
 ) -> None:
@@ -155,79 +158,13 @@ def train(
     """
     values = overrides(assignments or [], flags)
     settings = from_file(config, values) if config else build(values, "the command line")
+    if fit:
+        from finegraft.cli.plan import choose
+
+        settings = choose(ctx.obj, settings)
     finish(ctx.obj, run_training(ctx.obj, settings))
 
 
-def _settings_of(folder: Path) -> TrainConfig:
-    """Read the configuration that a run was started with.
-
-    Raises:
-        ConfigError: FG-RUN-001, no run there.
-    """
-    file = folder / "config.yaml"
-    if file.is_file():
-        settings = from_file(file)
-        moved = Path(settings.output).resolve() != folder.resolve()
-        return settings.model_copy(update={"output": str(folder)}) if moved else settings
-    found = [path.parent for path in folder.parent.glob("*/config.yaml")]
-    found = found or [path.parent for path in Path("runs").glob("*/config.yaml")]
-    names = sorted(str(path) for path in found)
-    raise ConfigError(
-        "FG-RUN-001",
-        f"no run in {folder}: it has no config.yaml",
-        allowed=", ".join(names[:12]) or "a folder that `finegraft train` made",
-        fix=f"finegraft resume RUN; {did_you_mean(str(folder), names)}"
-        if names
-        else "start one with: finegraft train --model demo --data ROWS.jsonl",
-    )
-
-
-def resume(
-    ctx: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
-    as_json: Json = False,
-) -> None:
-    """Go on with a run that was stopped."""
-    settings = _settings_of(run)
-    done = _finished(run, settings)
-    if done:
-        ctx.obj.note(f"{run} is finished, so there is nothing to go on with.")
-    finish(ctx.obj, done or run_training(ctx.obj, settings, resume=True))
-
-
-def _finished(folder: Path, settings: TrainConfig) -> Any:
-    """The result of a run whose last event is its end, or None when steps are left.
-
-    Steps are left as well when the length in config.yaml was raised since.
-    """
-    file = folder / "events.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    events = [json.loads(line) for line in lines if line.endswith("}")]
-    saved = next((p for p in (folder / "adapter", folder / "model") if p.is_dir()), None)
-    if not events or events[-1]["type"] != "end" or not saved:
-        return None
-    end, start = events[-1], [e for e in events if e["type"] == "start"][-1]
-    if end["step"] < settings.max_steps:
-        return None
-    if settings.max_steps <= 0 and start["epochs"] < settings.num_train_epochs:
-        return None
-    held_out = [e["loss"] for e in events if e["type"] == "eval"]
-    return SimpleNamespace(
-        run=folder,
-        adapter=None if settings.trains_all else saved,
-        steps=end["step"],
-        total_steps=end["step"],
-        loss=end["loss"],
-        eval_loss=held_out[-1] if held_out else None,
-        seconds=end["seconds"],
-        tokens=end["tokens"],
-        interrupted=False,
-        task=settings.task,
-        metrics=end.get("metrics"),
-    )
-
-
 def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
+    """Add the command of this module."""
     app.command(cls=Help)(train)
-    app.command(cls=Help)(resume)

@@ -83,6 +83,14 @@ class ExportError(FinegraftError, ValueError):
     """A model or adapter that cannot be written in the format asked for."""
 
 
+class HubError(FinegraftError, OSError):
+    """An upload that cannot begin, was refused, or did not arrive."""
+
+
+class TrainingError(FinegraftError, ArithmeticError):
+    """A training that went wrong while it ran."""
+
+
 class StorageError(FinegraftError, OSError):
     """A folder or disk that cannot take what must be written."""
 

@@ -70,7 +70,7 @@ gap:.2rem .7rem;align-items:center;font-size:.9rem;margin:0}
 .bars .track{background:var(--grid);border-radius:2px;height:.95rem;min-width:3rem}
 .bars .fill{background:var(--fill,var(--accent));height:100%;border-radius:2px;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.chart{width:100%;height:auto;display:block;overflow:visible}
+.chart{width:100%;max-width:42rem;height:auto;display:block;overflow:visible}
 .chart text{fill:var(--soft);font:12px system-ui,"DejaVu Sans",sans-serif}
 .chart .grid{stroke:var(--grid);stroke-width:1}.chart .axis{stroke:var(--line);stroke-width:1}
 .chart .bar{fill:var(--accent)}.chart .mark{stroke:var(--error);stroke-width:2;
@@ -80,8 +80,7 @@ stroke-dasharray:5 4}.chart text.marked{fill:var(--error)}
 .s2{stroke:var(--good);color:var(--good)}.s3{stroke:var(--soft);color:var(--soft)}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1.2rem;font-size:.88rem;margin:.2rem 0}
 .legend b{font-weight:600}
-.pair .chart text{font-size:15px}
-@media (max-width:40rem){.chart text,.pair .chart text{font-size:19px}}
+@media (max-width:40rem){.chart text{font-size:14px}}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:0 2rem}
 footer{margin-top:3rem;color:var(--soft);font-size:.88rem;border-top:1px solid var(--line);
 padding-top:.6rem}

@@ -1,7 +1,8 @@
 """Where files go, and how they get there whole.
 
 What: the cache folder (XDG), folder checks before work starts, and writing beside-then-renaming.
-Constraint: nobody ever finds a half-written folder under its final name, whatever stopped us.
+Constraint: nobody ever finds a half-written file or folder under its final name, whatever stopped
+us, a power cut included: contents and names are on the disk before the next thing is done.
 Trade-off: while a folder is replaced both copies are on the disk for a moment.
 """
 
@@ -50,7 +51,9 @@ def storage_error(error: OSError, path: Path) -> StorageError:
             fix="pass --output with another folder, or change the permissions of this one",
         )
     return StorageError(
-        "FG-DISK-003", f"writing {path} failed: {error}", fix="see the reason above"
+        "FG-DISK-003",
+        f"writing {path} failed: {error}",
+        fix="make the folder writable again, or pass --output with another one",
     )
 
 
@@ -96,13 +99,14 @@ def whole_folder(final: Path) -> Iterator[Path]:
     try:
         beside.mkdir(parents=True)
         yield beside
-        _sync(beside)
+        sync(beside)
         replace_folder(beside, final)
-    except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, FinegraftError):
-            raise storage_error(error, final) from error
+    except FinegraftError:
         raise
+    except OSError as error:
+        raise storage_error(error, final) from error
+    finally:  # gone already when all went well
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def replace_folder(new: Path, final: Path) -> None:
@@ -112,6 +116,7 @@ def replace_folder(new: Path, final: Path) -> None:
         old = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.old"
         final.rename(old)
     new.rename(final)
+    sync_names(final.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -125,13 +130,42 @@ def write_whole(path: Path, text: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         beside.replace(path)
+        sync_names(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise storage_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
+def leftovers(folder: Path) -> list[Path]:
+    """What writers of this module left in ``folder`` when they were killed."""
+    return [
+        path
+        for path in Path(folder).glob(".*")
+        if path.suffix in (".partial", ".old") or path.name.startswith(".probe-")
+    ]
+
+
+def sync(folder: Path) -> None:
+    """Wait until every file in ``folder`` and every name in it is on the disk."""
+    for path in (*folder.rglob("*"), folder):
         if path.is_file():
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
+        elif path.is_dir():
+            sync_names(path)
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network folders
+            raise
+    finally:
+        os.close(handle)

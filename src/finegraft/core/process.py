@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD_BYTES = 64 << 20
@@ -29,3 +31,27 @@ def keep_freed_memory() -> bool:
         (_M_TOP_PAD, _TOP_PAD_BYTES),
     )
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+@contextlib.contextmanager
+def bounded_memory() -> Iterator[bool]:
+    """Let allocations of this process fail where the machine's memory ends, for a block.
+
+    The kernel would end the process there, and nothing could answer that; an exception makes
+    training go on with smaller steps. The command line does this for its own process.
+
+    Yields:
+        Whether a bound is set; not with a GPU, whose drivers reserve address space at will.
+    """
+    import torch
+
+    from finegraft.core import memory
+
+    if torch.cuda.is_available():
+        yield False
+        return
+    before = memory.bound()
+    try:
+        yield memory.bound_to(memory.available_bytes())
+    finally:
+        memory.set_bound(before)

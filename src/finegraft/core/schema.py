@@ -77,13 +77,20 @@ class TrainConfig(BaseModel):
         None, "template to use instead of the model's", "model", task="causal"
     )
 
-    data: str = _field(..., "file of rows: jsonl, json, csv, tsv, parquet or txt", "data")
-    eval_data: str | None = _field(None, "file of held-out rows", "data")
+    data: str | dict[str, Any] | list[str | dict[str, Any]] = _field(
+        ..., "rows: a file, a pattern, owner/name on the hub, or several, each with =weight", "data"
+    )
+    eval_data: str | dict[str, Any] | list[str | dict[str, Any]] | None = _field(
+        None, "held-out rows, in the same words", "data"
+    )
     eval_fraction: float = _field(
         0.0, "share of rows held out for evaluation", "data", classification=0.2, ge=0, lt=1
     )
     map: dict[str, str] = _field({}, "columns to rename, wanted=found", "data")
     max_length: int = _field(1024, "longest row; longer ones are cut and counted", "data", ge=8)
+    data_check: bool = _field(
+        True, "look for faults in the rows before training; never stops it", "data"
+    )
     completion_only_loss: bool | None = _field(
         None, "learn the answers only; unset: yes where there is an answer", "data", task="causal"
     )
@@ -191,7 +198,17 @@ class TrainConfig(BaseModel):
     save_steps: int = _field(50, "steps between two checkpoints", "run", ge=1)
     save_total_limit: int = _field(2, "checkpoints kept", "run", ge=1)
     eval_steps: int = _field(0, "steps between evaluations; 0: each epoch", "run", ge=0)
-    report_to: str = _field("none", "tensorboard, wandb, ... or none", "run")
+    report_to: str = _field(
+        "none", "trackers: tensorboard, wandb, trackio, mlflow, ..., separated by commas", "run"
+    )
+    report_rows: int | None = _field(
+        None,
+        "held-out rows that the report shows before and after; unset: up to 32, in a tenth of the "
+        "training time; 0: none",
+        "run",
+        ge=0,
+    )
+    stop_on_nan: bool = _field(True, "stop when a loss or gradient is not a number", "run")
     overwrite: bool = _field(False, "replace an existing run folder", "run")
 
     @property
@@ -261,6 +278,9 @@ def build(values: dict[str, Any], source: str = "the arguments") -> TrainConfig:
             key = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
                 problems.append(f"unknown key '{key}', {did_you_mean(key, known)}")
+            elif len(item["loc"]) > 1 and (name := str(item["loc"][0])) in known:
+                told = TrainConfig.model_fields[name].description
+                problems.append(f"'{name}' is {values[name]!r}, not: {told}")
             elif item["type"] == "missing":
                 problems.append(f"'{key}' is missing ({TrainConfig.model_fields[key].description})")
             else:
@@ -268,7 +288,7 @@ def build(values: dict[str, Any], source: str = "the arguments") -> TrainConfig:
         only_missing = all(item["type"] == "missing" for item in error.errors())
         raise ConfigError(
             "FG-CONF-001",
-            f"{source}: " + "; ".join(problems),
+            f"{source}: " + "; ".join(dict.fromkeys(problems)),
             allowed="the keys that `finegraft train --help` lists",
             fix="for example: finegraft train --model demo --data rows.jsonl"
             if only_missing

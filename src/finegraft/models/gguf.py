@@ -60,12 +60,14 @@ class Header:
         pre: ``tokenizer.ggml.pre``, the name of the splitting rule, empty where there is none.
         dtype: Dtype to store, by the name torch gives it.
         constants: Config keys whose float32 value in the file is meant as a short decimal.
+        longest_token: Bytes of the longest token's text; 0 where the file lists none.
     """
 
     architecture: str
     pre: str
     dtype: str
     constants: dict[str, float]
+    longest_token: int = 0
 
 
 def _broken(path: Path, reason: str) -> ModelError:
@@ -112,6 +114,8 @@ def read_header(path: Path) -> Header:
         architecture = value("general.architecture")
         types = {t.tensor_type.name for t in reader.tensors if len(t.shape) > 1}
         pre = value("tokenizer.ggml.pre", "")
+        tokens = reader.get_field("tokenizer.ggml.tokens")
+        longest = max((len(tokens.parts[i]) for i in tokens.data), default=0) if tokens else 0
         eps = value(f"{architecture}.attention.layer_norm_rms_epsilon")
     except _READ_ERRORS as error:
         raise _broken(path, f"{type(error).__name__}: {error}") from error
@@ -119,7 +123,7 @@ def read_header(path: Path) -> Header:
         raise _broken(path, "it names no architecture or holds no tensors")
     # 1e-5 stored as float32 reads back as 9.999999747e-06
     constants = {} if eps is None else {"rms_norm_eps": float(f"{eps:.6g}")}
-    return Header(str(architecture), str(pre), _stored_dtype(types), constants)
+    return Header(str(architecture), str(pre), _stored_dtype(types), constants, longest)
 
 
 def _load(path: Path, header: Header) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finegraft.core.errors import ConfigError, ModelError, near
+from finegraft.core.errors import ConfigError, ModelError, did_you_mean, near
 from finegraft.core.hardware import default_dtype, facts
 from finegraft.models import _stream, quantize, rope, weights
 
@@ -233,7 +233,12 @@ def load_model(
     """
     path = Path(path)
     if task not in _CLASSES:
-        raise ConfigError("FG-MODEL-013", f"task is {task!r}", allowed=", ".join(_CLASSES))
+        raise ConfigError(
+            "FG-MODEL-013",
+            f"task is {task!r}",
+            allowed=", ".join(_CLASSES),
+            fix=did_you_mean(str(task), _CLASSES),
+        )
     config = load_config(path, trust_remote_code=trust_remote_code)
     rope.apply(config, rope_scaling, max_seq_length)
     weights.check(path)

@@ -26,6 +26,7 @@ from finegraft.data.labels import CLASSES, SEVERAL
 from finegraft.models import classifier, swap
 from finegraft.training import checkpoint, metrics
 from finegraft.training.trainer import Trainer
+from finegraft.training.watch import Watched
 
 
 def loss_of(problem_type: str, weights: list[float] | None = None) -> Callable[..., torch.Tensor]:
@@ -87,7 +88,7 @@ class SaveOften(TrainerCallback):
             control.should_save = True
 
 
-class ClassifierTrainer(checkpoint.WholeCheckpoints, Trainer):
+class ClassifierTrainer(Watched, checkpoint.WholeCheckpoints, Trainer):
     """Trainer of heads that give one answer a row or a token; the arguments are transformers'.
 
     Attributes:

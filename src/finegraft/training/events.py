@@ -18,7 +18,11 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from finegraft.core.journal import by_step, heal, read_events
+from finegraft.core.memory import peak_bytes
 from finegraft.core.paths import storage_error
+
+__all__ = ["EventLog", "Listener", "RunCallback", "by_step", "memory_bytes", "read_events"]
 
 # Time left is told from this many logged lines, so that a slow start is soon forgotten.
 _RECENT_LINES = 12
@@ -36,6 +40,10 @@ class EventLog:
 
     def open(self, path: Path) -> None:
         """Start writing to ``path``, first the events that came before it existed."""
+        try:
+            heal(path)
+        except OSError as error:
+            raise storage_error(error, path) from error
         self.path = path
         early, self._early = self._early, []
         for event in early:
@@ -59,27 +67,18 @@ class EventLog:
             raise storage_error(error, self.path) from error
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a run, skipping a torn last line."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
-
-
-def by_step(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Return one event of ``kind`` a step: the last, because a resumed run tells steps again."""
-    return list({event["step"]: event for event in events if event["type"] == kind}.values())
-
-
 def memory_bytes() -> int:
     """Memory in use: allocated on the GPU, else resident in this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """The most that was in use: allocated on the GPU, else resident in this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return peak_bytes()
 
 
 class RunCallback(TrainerCallback):
@@ -93,19 +92,23 @@ class RunCallback(TrainerCallback):
         self.log = log
         self.trainer = trainer
         self.stop = False
-        self.started = 0.0
+        self.started, self.before = 0.0, 0.0
         self.last_tokens, self.last_time = 0, 0.0
         self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_LINES)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clocks; a resumed run starts at its saved step."""
-        self.started = self.last_time = time.monotonic()
-        self.recent.append((state.global_step, self.started))
+        """Start the clocks; a resumed run goes on with its saved step, seconds and tokens."""
+        now = self.last_time = time.monotonic()
+        self.before = getattr(self.trainer, "seconds_before", 0.0)
+        self.started = now - self.before
+        self.last_tokens = self.trainer.tokens_seen
+        self.recent.append((state.global_step, now))
         parameters = list(self.trainer.model.parameters())
         self.log.emit(
             "start",
             step=state.global_step,
             total_steps=state.max_steps,
+            seconds=round(self.before, 2),
             epochs=state.num_train_epochs,
             batch=args.train_batch_size * args.gradient_accumulation_steps,
             trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -121,7 +124,7 @@ class RunCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A stop in the middle of an epoch does not wait for an evaluation."""
-        if self.stop and control.should_training_stop and state.epoch % 1:
+        if self.stop and state.global_step < state.max_steps and state.epoch % 1:
             control.should_evaluate = False
 
     def on_log(

@@ -24,6 +24,7 @@ from finegraft import adapters
 from finegraft.core.errors import ConfigError, FinegraftError, did_you_mean
 from finegraft.core.paths import require_writable, write_whole
 from finegraft.core.schema import TrainConfig, build, groups
+from finegraft.data.sources import absolute
 from finegraft.models.locate import locate
 from finegraft.training import ladder_report, run
 from finegraft.training.events import EventLog, Listener
@@ -138,10 +139,11 @@ def _anywhere(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same with whole paths, so that a ladder can be gone on with from any folder."""
     paths = {
         key: str(Path(value).absolute())
-        for key in ("model", "data", "eval_data")
+        for key in ("model",)
         if isinstance(value := values.get(key), str) and Path(value).exists()
     }
-    return {**values, **paths}
+    rows = {key: absolute(values[key]) for key in ("data", "eval_data") if values.get(key)}
+    return {**values, **paths, **rows}
 
 
 def _require_ladder(task: str, values: Mapping[str, Any]) -> None:
@@ -386,7 +388,7 @@ def summary(planned: Plan, rungs: list[dict[str, Any]]) -> dict[str, Any]:
         "ladder": str(planned.folder),
         "task": config.task,
         "model": config.model,
-        "data": config.data,
+        "data": planned.data["path"],
         "rows": planned.data["counts"]["rows"],
         "held_out_rows": held["rows"],
         "measure": measure,

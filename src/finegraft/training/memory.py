@@ -19,18 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from finegraft.core.memory import available_bytes
 from finegraft.models import swap
 
 logger = logging.getLogger(__name__)
 
 # Share of the free memory that kept activations may take; the rest is for gradients, the
 # optimizer's state, logits of a chunk, and other programs.
-_SHARE = 0.7
+SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that a step could take on this device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return available_bytes()
 
 
 def kept_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
@@ -95,7 +95,7 @@ def plan(model: nn.Module, batch: Mapping[str, Any], largest: int) -> Plan | Non
     tokens = batch["input_ids"].numel()
     a_layer = max(0, sizes[1] - sizes[0]) * largest // tokens
     free = free_bytes(next(core.parameters()).device)
-    missing = a_layer * depth - int(free * _SHARE)
+    missing = a_layer * depth - int(free * SHARE)
     # A recomputed layer keeps its two inputs, and while it is recomputed everything again.
     saved = a_layer - 2 * largest * config.hidden_size * core.dtype.itemsize
     recomputed = 0 if missing <= 0 else min(depth, -(-(missing + a_layer) // max(saved, 1)))

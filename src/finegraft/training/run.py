@@ -2,9 +2,9 @@
 
 What: data is checked, the model loaded, trained, saved; everything of it lies in the run folder.
 How: a thin sequence over ``training.tasks``, which know rows and models. Constraint: the folder
-appears only when data and model are good, ``adapter/`` only when it is complete, and an interrupt
-leaves a checkpoint that ``resume`` goes on from. Trade-off: the checks cost a second before every
-run.
+appears only when data and model are good, ``adapter/`` only when it is complete, one process at a
+time works in it, and whatever ends that leaves checkpoints that ``resume`` goes on from. Trade-off:
+the checks cost a second before every run.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 
-from finegraft.core.errors import ConfigError, DataError
+from finegraft import opening
+from finegraft.core.alone import alone
+from finegraft.core.errors import ConfigError
 from finegraft.core.paths import require_writable, whole_folder, write_whole
 from finegraft.core.schema import TrainConfig, foreign
-from finegraft.training import checkpoint, plot
-from finegraft.training.events import EventLog, Listener, RunCallback
+from finegraft.data.sources import absolute
+from finegraft.training import checkpoint, manifest, plot, record, same, stepdown, trackers
+from finegraft.training.events import EventLog, Listener, RunCallback, peak_memory_bytes
+from finegraft.training.plan.forecast import forecast_event
+from finegraft.training.report import before_after, page
 from finegraft.training.tasks import TASKS
 from finegraft.training.tasks._contract import Checked, quantization, settings
+from finegraft.training.watch import WatchCallback
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class RunResult:
     """What came out. Losses are nats a token, ``tokens`` are real (non-pad) trained-on tokens.
+
+    ``seconds`` and ``tokens`` are those of the whole run, before and after a stop.
 
     ``metrics`` are those of the saved model on the held-out rows, for tasks that have some.
     """
@@ -72,27 +80,42 @@ def train(
     require_own_keys(config)
     settings(config)  # a method that is not there is told before rows are read
     quantization(config)
+    trackers.require(config.report_to)
     run = Path(config.output)
     log = EventLog(listener)
     if resume:
         _require_run(run)
     else:
         _require_free(run, config.overwrite)
-    with _removed_on_error(run):
-        require_writable(run)
-        log.emit("phase", name="checking data")
-        task = TASKS.get(config.task)
-        data = task.check(config, log)
-        if resume:
-            _require_same_data(run, data.record)
-        log.emit("phase", name="loading model")
-        trainer = task.build(config, data)
-        for noisy in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(noisy)
-        if not resume:
-            _fill(run, config, data)
-        log.open(run / "events.jsonl")
-    return _train(config, trainer, data.tokenizer, log, resume)
+    made = [path for path in (run, *run.parents) if not path.exists()]
+    require_writable(run)
+    with alone(run):
+        with _removed_on_error(made):
+            newest = _going_on(run, config, log) if resume else None
+            saved = manifest.read(newest) or {} if newest else {}
+            log.emit("run", **record.about(config))
+            log.emit("phase", name="checking data")
+            task = TASKS.get(config.task)
+            data = task.check(config, log)
+            same.note_files(config, data.record)
+            record.add_digests(data.record, data)
+            if resume:
+                same.require_same_rows(run, config, data.record, data)
+            if (told := forecast_event(config, data)) is not None:
+                log.emit("forecast", **told)
+            log.emit("phase", name="loading model")
+            trainer = task.build(config, data)
+            for noisy in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(noisy)
+            trackers.place(trainer, run)
+            base = opening.sample(trainer.model)
+            log.emit("base", **base)
+            same.require_same_base(saved.get("base", {}), base, config.model)
+            trainer.record = same.record(config, data.record, base)
+            if not resume:
+                _fill(run, config, data)
+            log.open(run / "events.jsonl")
+        return _train(config, trainer, data.tokenizer, log, newest)
 
 
 def require_own_keys(config: TrainConfig) -> None:
@@ -132,49 +155,74 @@ def _require_run(run: Path) -> None:
         )
 
 
-def _require_same_data(run: Path, record: dict[str, Any]) -> None:
-    """Raises DataError FG-RUN-003 when the rows are not those of the run."""
-    saved = json.loads((run / "data.json").read_text(encoding="utf-8"))
-    changed = [k for k in ("fingerprint", "counts") if saved.get(k) != record.get(k)]
-    if changed:
-        raise DataError(
-            "FG-RUN-003",
-            f"the rows of {record['path']} have changed since {run} was started",
-            allowed="the same rows, so that the resumed run equals the uninterrupted one",
-            fix="restore the file, or start a new run with --output and another folder",
-        )
+def _going_on(run: Path, config: TrainConfig, log: EventLog) -> Path | None:
+    """Find the checkpoint to go on from, None for the first step; tidy up after a kill.
+
+    Raises:
+        ConfigError: FG-RUN-005, settings that are not those of the checkpoint.
+    """
+    newest, damaged = checkpoint.newest(run / "checkpoints")
+    notes = [f"{path.name} is damaged ({wrong}); it is removed" for path, wrong in damaged.items()]
+    if newest is None:
+        notes.append("there is no whole checkpoint yet, so the run starts with its first step")
+    else:
+        saved = manifest.read(newest) or {}
+        step = checkpoint.step_of(newest)
+        notes += same.require_same_config(saved.get("config", {}), config, step)
+        notes += filter(None, [same.machine_changes(saved.get("machine", {}))])
+    for words in notes:
+        log.emit("notice", message=words)
+    for path in damaged:
+        checkpoint.remove(path)
+    for folder in (run, run / "checkpoints", run / "report"):
+        checkpoint.clean(folder)
+    return newest
 
 
 @contextlib.contextmanager
-def _removed_on_error(run: Path) -> Iterator[None]:
-    """Remove a run folder that the block made, and its parents, if the block fails."""
-    made = [path for path in (run, *run.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
+def _removed_on_error(made: list[Path]) -> Iterator[None]:
+    """Remove a run folder that was made for the block, and its parents, if the block fails.
+
+    Args:
+        made: The folder, then its parents.
+    """
+    with contextlib.ExitStack() as undo:
+        for path in reversed(made[1:]):  # `runs/`, if this was to be the first one
+            undo.callback(_remove_empty, path)
         for path in made[:1]:
-            shutil.rmtree(path, ignore_errors=True)
-        for path in made[1:]:  # `runs/`, if this was to be the first one; others may be in it
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
+            undo.callback(shutil.rmtree, path, ignore_errors=True)
+        yield
+        undo.pop_all()
+
+
+def _remove_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):  # others may be in it
+        path.rmdir()
 
 
 def _fill(run: Path, config: TrainConfig, data: Checked) -> None:
-    """Write what describes the run; an older run in the folder goes first."""
+    """Write what describes the run; an older run in the folder goes first.
+
+    The configuration goes first and comes last: with it there is a run that can go on.
+    """
+    (run / "config.yaml").unlink(missing_ok=True)
+    checkpoint.clean(run)
     for old in ("checkpoints", "adapter", "model", "report"):
         shutil.rmtree(run / old, ignore_errors=True)
     (run / "events.jsonl").unlink(missing_ok=True)
-    write_whole(run / "config.yaml", _anywhere(config).to_yaml())
     write_whole(run / "data.json", json.dumps(data.record, indent=2) + "\n")
+    write_whole(run / "config.yaml", _anywhere(config).to_yaml())
 
 
 def _anywhere(config: TrainConfig) -> TrainConfig:
     """The configuration with whole paths, so that resuming works from any folder."""
     paths = {
         name: str(Path(value).absolute())
-        for name in ("model", "data", "eval_data")
+        for name in ("model",)
         if (value := getattr(config, name)) and Path(value).exists()
+    }
+    paths |= {
+        name: absolute(value) for name in ("data", "eval_data") if (value := getattr(config, name))
     }
     return config.model_copy(update=paths)
 
@@ -201,17 +249,20 @@ def _stopping(callback: RunCallback, log: EventLog) -> Iterator[None]:
 
 
 def _train(
-    config: TrainConfig, trainer: Any, tokenizer: Any, log: EventLog, resume: bool
+    config: TrainConfig, trainer: Any, tokenizer: Any, log: EventLog, newest: Path | None
 ) -> RunResult:
     run = Path(config.output)
     callback = RunCallback(log, trainer)
     trainer.add_callback(callback)
-    saved = checkpoint.checkpoints(run / "checkpoints") if resume else []
-    newest = saved[-1] if saved else None
+    trainer.add_callback(WatchCallback(log, trainer, config))
     log.emit("phase", name="training")
     started = time.monotonic()
-    with _stopping(callback, log), checkpoint.full_disk_named(run):
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    with (
+        record.Endings(log, run),
+        _stopping(callback, log),
+        checkpoint.full_disk_named(run),
+    ):
+        stepdown.train(trainer, newest, log.emit, _changing(config, trainer))
         state = trainer.state
         interrupted = callback.stop and state.global_step < state.max_steps
         adapter, metrics = None, None
@@ -222,6 +273,9 @@ def _train(
             log.emit("phase", name="saving")
             adapter = _save(config, trainer, run)
             metrics = _measure(trainer, run)
+        seconds = time.monotonic() - started
+        if not interrupted:
+            before_after.measure(config, trainer, tokenizer, log, seconds, lambda: callback.stop)
         plot.loss_curve(run / "events.jsonl", run / "report" / "loss.png")
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -231,7 +285,7 @@ def _train(
         total_steps=state.max_steps,
         loss=losses[-1] if losses else None,
         eval_loss=(metrics or {}).get("loss", held_out[-1] if held_out else None),
-        seconds=round(time.monotonic() - started, 2),
+        seconds=round(trainer.seconds_before + seconds, 2),
         tokens=trainer.tokens_seen,
         interrupted=interrupted,
         adapter=adapter,
@@ -247,9 +301,24 @@ def _train(
             loss=result.loss,
             seconds=result.seconds,
             tokens=result.tokens,
+            peak_memory_bytes=peak_memory_bytes(),
             **({"metrics": metrics} if metrics else {}),
         )
+    page.write(run)
     return result
+
+
+def _changing(config: TrainConfig, trainer: Any) -> Callable[..., None]:
+    """What keeps settings that training itself had to change, for the next resume."""
+    values: dict[str, Any] = {}
+
+    def changed(**new: Any) -> None:
+        values.update(new)
+        now = _anywhere(config.model_copy(update=values))
+        write_whole(Path(config.output) / "config.yaml", now.to_yaml())
+        trainer.record = {**trainer.record, "config": now.model_dump(mode="json")}
+
+    return changed
 
 
 def _measure(trainer: Any, run: Path) -> dict[str, Any] | None:

@@ -159,13 +159,7 @@ def _parameters(model: Any) -> tuple[int, int]:
 
 def training_seconds(events: Sequence[dict[str, Any]]) -> float:
     """Seconds from the first step to the last one, without the pauses of a resumed run."""
-    total, latest = 0.0, 0.0
-    for event in events:
-        if event["type"] == "start":
-            total, latest = total + latest, 0.0
-        elif event["type"] == "step":
-            latest = float(event["seconds"])
-    return round(total + latest, 2)
+    return max((float(e["seconds"]) for e in events if e["type"] == "step"), default=0.0)
 
 
 def weight_bytes(folder: Path) -> int:

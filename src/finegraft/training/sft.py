@@ -34,6 +34,7 @@ from finegraft.training.collate import IGNORED, Collator
 from finegraft.training.dataset import Rendering, encode, longest_rows
 from finegraft.training.optimizer import LoraPlus
 from finegraft.training.start import padded, start_from_data
+from finegraft.training.watch import Watched
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ _LEGACY = {
 }
 
 
-class SFTTrainer(checkpoint.WholeCheckpoints, LoraPlus, trl.SFTTrainer):
+class SFTTrainer(Watched, checkpoint.WholeCheckpoints, LoraPlus, trl.SFTTrainer):
     """Supervised fine-tuning; the arguments are trl's, of any year.
 
     Args:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments, set_seed
 from finegraft import adapters
 from finegraft.core.errors import ConfigError
 from finegraft.core.schema import TrainConfig, groups
+from finegraft.training import trackers
 from finegraft.training.events import EventLog
 
 
@@ -107,7 +108,9 @@ def shared_arguments(config: TrainConfig, kind: type[TrainingArguments]) -> dict
         "disable_tqdm": True,
         "save_strategy": "steps",
         "loraplus_lr_ratio": config.loraplus_lr_ratio,
+        "logging_nan_inf_filter": False,  # a loss that is not a number is told as such
         **{name: getattr(config, name) for name in same},
+        "report_to": trackers.names(config.report_to) or "none",
     }
 
 

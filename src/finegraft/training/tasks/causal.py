@@ -15,12 +15,14 @@ from datasets import Dataset
 
 from finegraft import adapters, opening
 from finegraft.core.schema import TrainConfig
-from finegraft.data import rows as layouts
+from finegraft.data import mix
 from finegraft.data.chat_templates import get_chat_template
+from finegraft.data.mix import Corpus
 from finegraft.data.prepare import Prepared, prepare
-from finegraft.data.sources import fingerprint, read_rows
+from finegraft.data.sources import describe, fingerprint
 from finegraft.models import tokens
 from finegraft.models.locate import Located, locate
+from finegraft.training import data_check
 from finegraft.training.arguments import SFTConfig
 from finegraft.training.dataset import Rendering, columns
 from finegraft.training.events import EventLog
@@ -45,6 +47,24 @@ class _Data:
     added: tokens.Added | None
 
 
+def sides(config: TrainConfig) -> tuple[str, Corpus, Corpus]:
+    """Read the rows and hold some out, as the configuration says; needs no tokenizer.
+
+    Returns:
+        The name of the layout, what is trained on (each row as often as the weight of its file
+        says) and what is held out, which may be empty.
+
+    Raises:
+        DataError: the codes of ``data.mix``.
+    """
+    every = mix.read(config.data, config.map, config.seed)
+    if config.eval_data:
+        train, held = every, mix.read(config.eval_data, config.map, config.seed)
+    else:
+        train, held = every.hold_out(config.eval_fraction)
+    return every.format, train.repeated(), held
+
+
 def check(config: TrainConfig, log: EventLog) -> _Data:
     """Read, recognise and render the rows; the weights are not loaded for it.
 
@@ -53,36 +73,30 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
     """
     if config.packing:
         require_packable(adapters.find(config.method)[0])
-    rows = layouts.apply_map(read_rows(config.data), config.map)
-    name, layout = layouts.detect(rows)
-    conversations, tools = layouts.conversations(rows, layout), layouts.tools_of(rows)
-    held_rows: list[Any] = []
-    if config.eval_data:
-        held_rows = layouts.apply_map(read_rows(config.eval_data), config.map)
-        _, held_layout = layouts.detect(held_rows)
-        held = layouts.conversations(held_rows, held_layout)
-    elif config.eval_fraction:
-        size = max(1, round(len(conversations) * config.eval_fraction))
-        held, conversations = conversations[-size:], conversations[:-size]
-        tools = tools and tools[:-size]
-    else:
-        held = []
+    name, train, held = sides(config)
+    looked = data_check.look(config, len(train.conversations))
     tokenizer = _open_tokenizer(config)
     added = None
     if config.new_tokens:  # not special: answers are shown without special tokens
         added = tokens.extend(tokenizer, config.new_tokens, special_tokens=False)
     settings = {"max_length": config.max_length, "completion_only": config.completion_only_loss}
-    prepared = prepare(conversations, tokenizer, tools=tools, **settings)
-    held_out = prepare(held, tokenizer, **settings) if held else None
+    prepared, held_out = (
+        prepare(side.conversations, tokenizer, tools=side.tools, names=side.origins, **settings)
+        if side
+        else None
+        for side in (train, held)
+    )
     record = {
-        "path": config.data,
+        "path": describe(config.data),
         "fingerprint": fingerprint(config.data),
         "format": name,
         "counts": asdict(prepared.counts),
         "eval_counts": asdict(held_out.counts) if held_out else None,
         "warnings": prepared.warnings,
+        "audit": looked.record,
     }
-    log.emit("data", format=name, warnings=prepared.warnings, **asdict(prepared.counts))
+    warnings = [*prepared.warnings, *looked.lines]
+    log.emit("data", format=name, warnings=warnings, **asdict(prepared.counts))
     return _Data(prepared, held_out, record, tokenizer, added)
 
 

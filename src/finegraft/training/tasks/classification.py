@@ -21,10 +21,11 @@ from finegraft.core.errors import ConfigError, DataError, did_you_mean
 from finegraft.core.schema import TrainConfig
 from finegraft.data import held_out, labels
 from finegraft.data.labels import Examples, Labels
-from finegraft.data.rows import apply_map
-from finegraft.data.sources import fingerprint, read_rows
+from finegraft.data.mix import read_rows
+from finegraft.data.sources import describe, fingerprint
 from finegraft.models import classifier, load
 from finegraft.models.locate import Located, locate
+from finegraft.training import data_check
 from finegraft.training.arguments import TrainingArguments
 from finegraft.training.classifier import ClassifierTrainer, Measure, SaveOften, loss_of
 from finegraft.training.events import EventLog
@@ -40,7 +41,7 @@ from finegraft.training.tasks._contract import (
 
 @dataclass(frozen=True)
 class _Data:
-    """Checked rows as ids."""
+    """Checked rows as ids, and ``sides``: the examples they are, trained and held out."""
 
     train: Dataset
     held_out: Dataset | None
@@ -49,6 +50,7 @@ class _Data:
     metric: str
     record: dict[str, Any]
     tokenizer: Any
+    sides: tuple[Examples, Examples | None]
 
 
 def check(config: TrainConfig, log: EventLog) -> _Data:
@@ -58,18 +60,20 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
         DataError: FG-CLASS-002 to FG-CLASS-011; ConfigError: FG-CLASS-016, a measure that this
             problem does not have; FG-CLASS-017, settings that need held-out rows or classes.
     """
-    rows = apply_map(read_rows(config.data), config.map)
+    rows = read_rows(config.data, config.map)
     which = labels.columns(
         rows,
         text=config.text_column,
         pair=config.text_pair_column,
         label=config.label_column,
     )
-    examples = labels.read(rows, which, config.data)
+    examples = labels.read(rows, which, describe(config.data))
     located = locate(config.model, revision=config.revision)
     found = labels.make(examples, config.problem_type, given_names(config))
     names = _in_order_of_model(found, located, config.trust_remote_code)
     train, held, warnings = _sides(config, examples, names, which)
+    guessed = {"text": which.text, "pair": which.pair, "label": which.label}
+    looked = data_check.look(config, len(rows), task="classification", columns=guessed)
     metric = chosen(config, names.problem_type, CHOICES[names.problem_type], held is not None)
     tokenizer = opening.open_text_tokenizer(
         located,
@@ -92,6 +96,7 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
         "truncated": cut,
         "held_out": len(held) if held else 0,
     }
+    warnings += looked.lines
     told = {
         "format": " + ".join(filter(None, (which.text, which.pair))) + f" -> {which.label}",
         "problem_type": names.problem_type,
@@ -99,7 +104,12 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
         "warnings": warnings,
     }
     log.emit("data", **told, **counts)
-    record = {"path": config.data, "fingerprint": fingerprint(config.data), "counts": counts}
+    record = {
+        "path": describe(config.data),
+        "fingerprint": fingerprint(config.data),
+        "counts": counts,
+        "audit": looked.record,
+    }
     weights = _weights(config, encoded, names)
     return _Data(
         Dataset.from_dict({**inputs, "labels": encoded}),
@@ -109,6 +119,7 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
         metric,
         {**record, **told, "class_names": list(names.names)},
         tokenizer,
+        (train, held),
     )
 
 
@@ -153,8 +164,8 @@ def _sides(
     """Examples to train on, examples held out, and what to warn of."""
     warnings: list[str] = []
     if config.eval_data:
-        rows = apply_map(read_rows(config.eval_data), config.map)
-        held = labels.read(rows, which, config.eval_data)
+        rows = read_rows(config.eval_data, config.map)
+        held = labels.read(rows, which, describe(config.eval_data))
         names.encode(held)
         kept = held_out.unseen(examples, held)
         if len(kept) < len(examples):

@@ -21,8 +21,7 @@ from finegraft.core.errors import ConfigError, DataError
 from finegraft.core.schema import TrainConfig
 from finegraft.data import held_out, marked, tags
 from finegraft.data.labels import Examples
-from finegraft.data.rows import apply_map
-from finegraft.data.sources import fingerprint
+from finegraft.data.sources import describe, fingerprint
 from finegraft.models import classifier, load
 from finegraft.models.locate import Located, locate
 from finegraft.training.classifier import ClassifierTrainer
@@ -42,7 +41,7 @@ _SHOWN = 8  # row numbers in one message
 
 @dataclass(frozen=True)
 class _Data:
-    """Checked rows as ids."""
+    """Checked rows as ids, and ``sides``: the examples they are, trained and held out."""
 
     train: Dataset
     held_out: Dataset | None
@@ -51,6 +50,7 @@ class _Data:
     metric: str
     record: dict[str, Any]
     tokenizer: Any
+    sides: tuple[Examples, Examples | None]
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
     """
     _require_own(config)
     given = given_names(config)
-    rows = apply_map(marked.read_file(config.data), config.map)
+    rows = marked.read_rows(config.data, config.map)
     which = marked.columns(rows, config.text_column, config.label_column)
-    examples = marked.read(rows, which, config.data, given)
+    examples = marked.read(rows, which, describe(config.data), given)
     located = locate(config.model, revision=config.revision)
     names = _in_order_of_model(tags.names_for(examples, given), located, config.trust_remote_code)
     train, held, warnings = _sides(config, examples, names, given)
@@ -110,7 +110,11 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
         "warnings": warnings,
     }
     log.emit("data", **told, **counts)
-    record = {"path": config.data, "fingerprint": fingerprint(config.data), "counts": counts}
+    record = {
+        "path": describe(config.data),
+        "fingerprint": fingerprint(config.data),
+        "counts": counts,
+    }
     return _Data(
         encoded.dataset(),
         held_encoded.dataset() if held_encoded else None,
@@ -119,6 +123,7 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
         metric,
         {**record, **told, "class_names": list(names)},
         tokenizer,
+        (train, held),
     )
 
 
@@ -167,9 +172,9 @@ def _sides(
 ) -> tuple[Examples, Examples | None, list[str]]:
     """Examples to train on, examples held out, and what to warn of."""
     if config.eval_data:
-        rows = apply_map(marked.read_file(config.eval_data), config.map)
+        rows = marked.read_rows(config.eval_data, config.map)
         which = marked.columns(rows, config.text_column, config.label_column)
-        held = marked.read(rows, which, config.eval_data, given)
+        held = marked.read(rows, which, describe(config.eval_data), given)
         tags.require_known(held, names)
         kept = held_out.unseen(examples, held)
         left = len(examples) - len(kept)
