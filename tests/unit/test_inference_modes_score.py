@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from finegraft.core.errors import DataError
 from finegraft.inference.modes import for_inference, for_training
-from finegraft.inference.score import exact_match, heldout_loss
+from finegraft.inference.score import exact_match, heldout_loss, row_losses
 
 
 @pytest.fixture
@@ -102,3 +102,15 @@ def test_exact_match_strips_and_nothing_else():
 def test_exact_match_needs_pairs(pair):
     with pytest.raises(DataError, match="FG-SCORE-002"):
         exact_match(*pair)
+
+
+def test_each_row_has_its_own_loss(model):
+    ids, labels = rows()
+    heard = []
+    sums, tokens = row_losses(
+        model, ids, labels, pad_id=7, batch_size=2, on_progress=lambda *at: heard.append(at)
+    )
+    assert tokens == [sum(x != -100 for x in label[1:]) for label in labels]
+    for row, label, total, count in zip(ids, labels, sums, tokens, strict=True):
+        assert total / count == pytest.approx(heldout_loss(model, [row], [label]), rel=1e-5)
+    assert heard == [(2, 5), (4, 5), (5, 5)]
