@@ -121,14 +121,7 @@ def serve(
     from finegraft.serving.app import Limits
 
     def ready(url: str, loaded: Any) -> None:
-        names = [served.id for served in loaded.served]
-        if as_json:
-            out.result({"url": url, "models": names}, lambda _: None)
-            return
-        out.note(f"serving {', '.join(names)}")
-        out.note(f"chat page  {url}/")
-        out.note(f"API        {url}/v1" + (" (needs the API key)" if key else ""))
-        out.note("Ctrl-C finishes open answers and ends")
+        _tell(out, url, [served.id for served in loaded.served], key is not None)
 
     def stopping() -> None:
         out.note("finishing open answers; Ctrl-C again ends at once")
@@ -144,6 +137,17 @@ def serve(
             ready=ready,
             stopping=stopping,
         )
+
+
+def _tell(out: Output, url: str, names: list[str], has_key: bool) -> None:
+    """Say that the server answers, and where."""
+    if out.as_json:
+        out.result({"url": url, "models": names}, lambda _: None)
+        return
+    out.note(f"serving {', '.join(names)}")
+    out.note(f"chat page  {url}/")
+    out.note(f"API        {url}/v1" + (" (needs the API key)" if has_key else ""))
+    out.note("Ctrl-C finishes open answers and ends")
 
 
 def register(app: typer.Typer) -> None:
