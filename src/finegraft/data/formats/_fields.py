@@ -49,7 +49,7 @@ def empty(field: str, value: object) -> DataError:
         "FG-DATA-005",
         f"the field '{field}' is {'null' if value is None else 'empty'}",
         allowed="text",
-        fix=f"fill in '{field}' or remove the row",
+        fix=f"fill in '{field}', or remove the row: finegraft data check DATA --fix clean.jsonl",
     )
 
 
@@ -59,7 +59,7 @@ def malformed(field: str, problem: str) -> DataError:
         "FG-DATA-012",
         f"the field '{field}' {problem}",
         allowed='text, or a list of {"role": "user", "content": "..."}',
-        fix=f"correct '{field}' or remove the row",
+        fix=f"correct '{field}' or remove the row; finegraft data check DATA lists all such rows",
     )
 
 
