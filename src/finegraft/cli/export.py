@@ -270,7 +270,9 @@ def push(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Upload an export to the model hub; typed again, it goes on where it broke.
+    """Upload an export to a model hub.
+
+    Typed again, it goes on where it broke.
 
     For example:
 

@@ -53,7 +53,9 @@ def resume(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with a run that was stopped, to the same bits as if it had not been.
+    """Go on with a run that was stopped.
+
+    It ends with the same bits as if it had not been stopped.
 
     For example:
 

@@ -124,7 +124,7 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     as_json: Json = False,
 ) -> None:
-    """Show what differs between two runs, and which of it likely matters."""
+    """Show what differs between two runs, and what of it matters."""
     from finegraft.training.report import differences
 
     found = differences.compare(a, b)

@@ -253,7 +253,8 @@ def _kept(
         flat = families.is_padding_free(made[0]) if config.task == "causal" else _drops(made[0])
         method = None if config.trains_all else adapters.find(config.method)[0]
         flat = flat and getattr(method, "not_packed", None) is None
-        batch = _batch(config, sample, flat)
+        ids = swap.core(made[0]).config.get_text_config().vocab_size
+        batch = _batch(config, sample, flat, ids)
         one, two = (memory.kept_bytes(model, batch) for model in made)
     except (*LIBRARY_ERRORS, AdapterError) as error:
         logger.info("no layer of this model can be tried alone (%s): taking usual figures", error)
@@ -299,12 +300,14 @@ def _small(config: TrainConfig, model_config: Any, dtype: torch.dtype, depth: in
     return model.train()
 
 
-def _batch(config: TrainConfig, sample: list[dict[str, Any]], flat: bool) -> Mapping[str, Any]:
-    """A few rows as the model takes them, their ids within the small vocabulary."""
+def _batch(
+    config: TrainConfig, sample: list[dict[str, Any]], flat: bool, vocabulary: int
+) -> Mapping[str, Any]:
+    """A few rows as the model takes them, their ids below ``vocabulary``."""
     rows: list[dict[str, Any]] = []
     left = _SAMPLE_TOKENS
     for row in sample:
-        ids = [i % _SMALL_VOCABULARY for i in row["input_ids"]][:_SAMPLE_TOKENS]
+        ids = [i % vocabulary for i in row["input_ids"]][:_SAMPLE_TOKENS]
         if rows and len(ids) > left:
             break
         left -= len(ids)
@@ -314,7 +317,7 @@ def _batch(config: TrainConfig, sample: list[dict[str, Any]], flat: bool) -> Map
             made["seq_lengths"] = row["seq_lengths"]
         rows.append(made)
     if config.task == "causal":
-        inner = [i if i < 0 else i % _SMALL_VOCABULARY for row in rows for i in row["labels"]]
+        inner = [i if i < 0 else i % vocabulary for row in rows for i in row["labels"]]
         for row in rows:
             row["labels"], inner = inner[: len(row["labels"])], inner[len(row["labels"]) :]
         return {**Collator(0, flat=flat)(rows), "use_cache": False}
