@@ -171,6 +171,24 @@ def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch):
     assert "not reachable" in found.value
 
 
+def test_a_name_that_takes_long_to_look_up_is_not_waited_for(monkeypatch):
+    """Name servers that do not answer block for many seconds, whatever timeout is asked for."""
+    import socket
+    import time
+
+    real = socket.getaddrinfo
+
+    def slow(*words, **more):
+        time.sleep(3)
+        return real(*words, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    start = time.monotonic()
+    found = hub_at(monkeypatch, "http://hub.invalid")
+    assert time.monotonic() - start < 2
+    assert "no answer in 0.3 s" in found.value
+
+
 def test_the_hub_is_not_asked_when_it_is_switched_off(monkeypatch, mirror):
     found = hub_at(monkeypatch, f"http://127.0.0.1:{mirror.server_port}", HF_HUB_OFFLINE=True)
     assert "HF_HUB_OFFLINE" in found.value and mirror.asked == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -49,3 +51,22 @@ def test_help_lists_the_flags(monkeypatch, capsys):
     assert status == 0
     for flag in ("--adapter", "--engine", "--host", "--api-key", "--queue", "--context"):
         assert flag in shown.out
+
+
+def test_torch_waits_less_eagerly_unless_it_is_told_how(monkeypatch, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for already, model, expected in (
+        ({}, "demo", "3000"),
+        ({}, str(file), None),
+        ({"GOMP_SPINCOUNT": "7"}, "demo", "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "demo", None),
+    ):
+        monkeypatch.setattr(os, "environ", dict(already))
+        serve.share_the_machine(model)
+        assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_nothing_has_loaded_torch_when_the_command_begins():
+    code = "import sys, finegraft.cli.main, finegraft.serving.run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

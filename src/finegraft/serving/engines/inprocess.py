@@ -68,7 +68,7 @@ class InProcess:
         # The one thread that loads the model and answers. libgomp counts a team for each thread
         # that ever ran a parallel loop, and with more teams than cores its barriers sleep instead
         # of spinning: 45 to 55 tokens a second of one stream on two cores instead of 76, 235 of
-        # eight instead of 306
+        # eight instead of 306 (nothing else running, GOMP_SPINCOUNT not set)
         self._thread = ThreadPoolExecutor(1, "finegraft-serving")
         self._work: Future[None] | None = None
         self._post = Post()

@@ -55,6 +55,7 @@ class Constants:
         products: Seconds of the layers' products, in units of the machine's best rate.
         attention: The same for the scores of attention.
         layer: A layer's forward and backward beside its arithmetic, seconds.
+        read: Reading the weights for a pass of a few tokens, seconds a byte.
         update: Optimizer, seconds a trained parameter.
         dense: Making a quantised weight dense for its products, seconds a parameter and pass.
         compiled: Compiling one product, seconds.
@@ -63,18 +64,19 @@ class Constants:
         written: Bytes a second of a checkpoint.
     """
 
-    late: float = 0.61e8
+    late: float = 1.1e8
     kept: float = 0.907
     product: float = 0.835e6
-    backward: float = 3.06
+    backward: float = 4.5
     loading: float = 0.21
     quantizing: float = 0.80
-    products: float = 1.815
-    attention: float = 4.55
-    layer: float = 8.0e-3
+    products: float = 1.77
+    attention: float = 4.74
+    layer: float = 6.9e-3
+    read: float = 0.9e-10
     update: float = 1.07e-9
-    dense: float = 0.98e-9
-    compiled: float = 3.17e-3
+    dense: float = 0.95e-9
+    compiled: float = 3.34e-3
     started: float = 1.2
     ended: float = 1.0
     written: float = 2.5e8
@@ -83,7 +85,14 @@ class Constants:
 CPU = Constants()
 # Not measured: a GPU starts kernels in microseconds, and its allocator rounds little.
 GPU = Constants(
-    late=5e8, kept=1.0, product=0.0, loading=0.0, quantizing=0.0, layer=1.5e-3, compiled=0.0
+    late=5e8,
+    kept=1.0,
+    product=0.0,
+    loading=0.0,
+    quantizing=0.0,
+    layer=1.5e-3,
+    read=1e-12,
+    compiled=0.0,
 )
 
 Parts = dict[str, int]
@@ -160,6 +169,8 @@ def step_seconds(
     arithmetic = c.products * (work.tokens * each + head) + c.attention * scores
     seconds = arithmetic / machine.flops
     seconds += c.layer * work.micro_batches * model.layers * (1 + 2 * down) / 3
+    passes = (1 + down + again) * work.micro_batches
+    seconds += c.read * passes * model.linear * model.itemsize
     seconds += c.update * work.steps * model.trained
     seconds += c.dense * work.micro_batches * model.quantized
     if model.itemsize < _FLOAT:
