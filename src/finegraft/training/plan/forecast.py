@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from finegraft.core.errors import FinegraftError
 from finegraft.core.hardware import facts
 from finegraft.core.memory import available_bytes, resident_bytes
 from finegraft.core.schema import TrainConfig
@@ -140,6 +141,8 @@ def forecast_event(config: TrainConfig, data: Any) -> dict[str, Any] | None:
     """What a run tells about itself before it loads its model; None for what cannot be counted."""
     try:
         return of_checked(config, data).of(config).as_dict()
+    except FinegraftError:
+        return None  # loading the model tells the same, as the error that it is
     except LIBRARY_ERRORS as error:
         logger.info("no forecast: %s", error)
         return None
