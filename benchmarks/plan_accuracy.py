@@ -194,6 +194,7 @@ def run(out: Path, only: list[str]) -> None:
         found = measure(name)
         if found["others"] > OTHERS:
             sys.stdout.write(f"{name}: others took {found['others']:.0%}, not kept\n")
+            sys.stdout.flush()
             continue
         results[name] = found
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -369,7 +369,7 @@ def test_a_disk_without_room_for_the_settings(place):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
     error = refused("FG-DISK-001", *train(), cwd=place, preexec_fn=limit, **NO_BYTECODE)
-    assert "out/run/config.yaml" in error["found"]
+    assert "out/run/data.json" in error["found"]
 
 
 # ---- adapters
