@@ -115,6 +115,7 @@ def test_rows_that_were_trained_on_are_left_out(place):
 
 def test_a_model_needs_rows_and_says_that_it_cannot_know_them():
     refused("FG-EVAL-003", "llama")
+    assert "did you mean run?" in refused("FG-EVAL-003", "runn")["fix"]
     found = evaluated("llama", "--data", "rows.jsonl", "--metrics", "loss", "--limit", "7")
     assert found["data"]["rows"] == 7
     notes = " ".join(found["data"]["notes"])

@@ -201,9 +201,11 @@ def chosen_metrics(asked: Options, has_answers: bool) -> dict[str, Metric]:
 
 def _examine_answers(out: Output, asked: Options, run: eval_rows.Run | None) -> dict[str, Any]:
     """Everything of ``finegraft eval`` for a model that writes."""
-    from finegraft.cli import eval_examples
-    from finegraft.cli.flags import given
-    from finegraft.inference import evaluate
+    with out.busy("loading libraries"), quiet_libraries():
+        from finegraft.cli import eval_examples
+        from finegraft.cli.flags import given
+        from finegraft.inference import evaluate
+        from finegraft.training import tasks  # noqa: F401  (read rows; some libraries chatter)
 
     with out.busy("reading rows"):
         held = eval_rows.conversations(

@@ -31,6 +31,7 @@ def telling(
         return {}
     metric = metrics[name]
     scores = evaluate.each_row(metric, one)
+    answered = any(each.reads == "answers" for each in metrics.values())
     if other is not None:
         if metric.reads == "losses" and not evaluate.same_tokens(one, other):
             return {}
@@ -49,8 +50,8 @@ def telling(
                 **({"other_score": others[place]} if other is not None else {}),
                 "prompt": one.prompts[place],
                 "reference": one.references[place],
-                "answer": one.answers[place],
-                **({"other_answer": other.answers[place]} if other is not None else {}),
+                "answer": one.answers[place] if answered else None,
+                **({"other_answer": other.answers[place]} if other and answered else {}),
             }
             for place in found
         ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finegraft.core.errors import ConfigError, DataError
+from finegraft.core.errors import ConfigError, DataError, near
 from finegraft.core.schema import TrainConfig, from_file
 
 
@@ -88,6 +88,16 @@ def require_source(run: Run | None, name: str, data: str | None) -> None:
     """
     if data is not None:
         return
+    folder = Path(name).expanduser()
+    if run is None and not folder.exists() and folder.absolute().parent.is_dir():
+        close = near(folder.name, [p.name for p in folder.absolute().parent.iterdir()])
+        if close:
+            raise ConfigError(
+                "FG-EVAL-003",
+                f"there is no run {name}",
+                allowed="a run of `finegraft train`, or another model with --data",
+                fix=f"did you mean {folder.with_name(close)}?",
+            )
     if run is None:
         raise ConfigError(
             "FG-EVAL-003",
