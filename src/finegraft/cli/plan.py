@@ -1,7 +1,7 @@
 """``finegraft plan``: memory, time and disk of a run, before it runs.
 
 What: a forecast of a configuration, and the command that would fit where it does not. How:
-``training.plan`` counts; ``--probe`` takes five real steps in a folder that is thrown away.
+``training.plan`` counts; ``--probe`` takes some real steps in a folder that is thrown away.
 Constraint: without ``--probe`` no weight is loaded. Trade-off: with it the model is loaded once
 more than the run itself needs.
 """
@@ -41,7 +41,8 @@ def plan(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting of the file."),
     ] = None,
     real_steps: Annotated[
-        bool, typer.Option("--probe", help="Time five real steps, and correct the forecast.")
+        bool,
+        typer.Option("--probe", help="Take five or more real steps, and correct the forecast."),
     ] = False,
     as_json: Json = False,
     **flags: Any,

@@ -1,7 +1,7 @@
 """Forecasts: what a run will take, before it takes it.
 
 ``study(config).of(config)`` says it from the configuration and the rows; ``probe`` corrects it by
-five real steps; ``fitting`` chooses settings that stay within the memory there is.
+some real steps; ``fitting`` chooses settings that stay within the memory there is.
 """
 
 from finegraft.training.plan.choose import Choice, fitting

@@ -1,16 +1,18 @@
-"""Five real steps, and what they say about all the others.
+"""A few real steps, and what they say about all the others.
 
 What: ``probe`` runs the first steps of the very run in a folder that is thrown away, and puts what
 they took in the place of what was computed. How: ``training.run.train`` with ``max_steps``, so that
 model, rows, trainer and saving are the real ones; the events tell seconds, tokens and peak memory.
 Constraint: peak memory is that of the process, so one process probes one configuration. Trade-off:
-memory that grows after the fifth step (longer rows, more kernels compiled) is still computed.
+five steps, more where they are short, because the first ones of a small model are mostly kernels
+being compiled; memory that grows later (longer rows, more kernels) is still computed.
 
 Units: seconds, bytes.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +20,17 @@ from typing import Any
 
 from finegraft.core.schema import TrainConfig
 from finegraft.training.events import Listener
-from finegraft.training.plan import estimate
-from finegraft.training.plan.forecast import Forecast, Study, machine
-from finegraft.training.plan.workload import Workload, workload
+from finegraft.training.plan.forecast import Forecast, Study
+from finegraft.training.plan.workload import workload
 
-STEPS = 5
+STEPS = 5  # at least
+_MOST_STEPS = 200
+_SECONDS = 5.0  # of forecast steps
 Event = dict[str, Any]
 
 
 def probe(studied: Study, listener: Listener | None = None) -> Forecast:
-    """Forecast of ``studied.config``, corrected by its first five steps.
+    """Forecast of ``studied.config``, corrected by its first steps.
 
     Args:
         studied: Rows and model of the run.
@@ -38,7 +41,9 @@ def probe(studied: Study, listener: Listener | None = None) -> Forecast:
     """
     config = studied.config
     whole = workload(config, studied.data, flat=studied.model.flat)
-    steps = min(STEPS, whole.steps)
+    made = studied.of(config)
+    each = made.seconds_parts["steps"] / whole.steps
+    steps = min(whole.steps, max(STEPS, min(_MOST_STEPS, math.ceil(_SECONDS / each))))
     heard: list[Event] = []
 
     def hear(event: Event) -> None:
@@ -58,51 +63,38 @@ def probe(studied: Study, listener: Listener | None = None) -> Forecast:
         from finegraft.training import run
 
         run.train(short, listener=hear)
-    return _corrected(studied, short, whole, heard)
+    return _corrected(studied, short, made, heard)
 
 
-def _corrected(studied: Study, short: TrainConfig, whole: Workload, heard: list[Event]) -> Forecast:
-    made = studied.of(studied.config)
+def _corrected(studied: Study, short: TrainConfig, made: Forecast, heard: list[Event]) -> Forecast:
     few = studied.of(short)
     end = next(e for e in heard if e["type"] == "end")
-    seconds_parts = _seconds(studied, short, whole, made, few, heard)
     parts = dict(made.parts)
-    if end.get("peak_memory_bytes"):
-        grown = made.peak_memory_bytes - few.peak_memory_bytes
-        measured = int(end["peak_memory_bytes"]) + max(0, grown)
-        parts["workspace and cache"] += measured - made.peak_memory_bytes
-    return replace(made, parts=parts, seconds_parts=seconds_parts, probed=True)
+    grown = max(0, made.peak_memory_bytes - few.peak_memory_bytes)
+    parts["workspace and cache"] += end["peak_memory_bytes"] + grown - made.peak_memory_bytes
+    return replace(made, parts=parts, seconds_parts=_seconds(made, few, heard), probed=True)
 
 
-def _seconds(
-    studied: Study,
-    short: TrainConfig,
-    whole: Workload,
-    made: Forecast,
-    few: Forecast,
-    heard: list[Event],
-) -> dict[str, float]:
+def _seconds(made: Forecast, few: Forecast, heard: list[Event]) -> dict[str, float]:
+    """Seconds of the whole run: what was measured once, and the pace of the later steps."""
     lines = [e for e in heard if e["type"] == "step"]
-    first, last = lines[0], lines[-1]
-    parts = dict(made.seconds_parts)
-    taken = len(lines) * (_pace(lines) if len(lines) > 1 else first["seconds"])
-    steps = made.seconds_parts["steps"] * taken / few.seconds_parts["steps"]
-    phases = {e["name"]: e["time"] for e in heard if e["type"] == "phase"}
-    parts["starting"] = max(0.0, first["time"] - phases["training"])
-    parts["steps"] = steps
     end = next(e for e in heard if e["type"] == "end")
-    c = estimate.CPU if made.device == "cpu" else estimate.GPU
-    here = machine(short, studied.resident)
-    once = estimate.evaluation_seconds(studied.model, whole, here, c)
-    rest = max(0.0, end["seconds"] - (last["time"] - phases["training"]))
-    evaluated = few.seconds_parts["evaluations"]
-    saving = few.seconds_parts["saving"]
-    share = rest / max(evaluated + saving, 1e-9)
-    parts["evaluations"] = made.seconds_parts["evaluations"] * share if once else 0.0
-    parts["saving"] = made.seconds_parts["saving"] * share
-    return parts
+    began = next(e["time"] for e in heard if e["type"] == "phase" and e["name"] == "training")
+    first, last = lines[0], lines[-1]
+    # measured: everything but the steps, of which evaluations and checkpoints come more often
+    rest = max(0.0, end["seconds"] - (last["time"] - began))
+    computed = few.seconds_parts["evaluations"] + few.seconds_parts["saving"]
+    share = rest / max(computed, 1e-9)
+    return {
+        "starting": first["time"] - began,
+        "steps": last["seconds"] - first["seconds"] + (made.steps - len(lines)) * _pace(lines),
+        "evaluations": made.seconds_parts["evaluations"] * share,
+        "saving": made.seconds_parts["saving"] * share,
+    }
 
 
 def _pace(lines: list[Event]) -> float:
-    """Seconds a step after the first one, by the tokens that the steps had."""
-    return (lines[-1]["seconds"] - lines[0]["seconds"]) / (len(lines) - 1)
+    """Seconds a step in the later half, when most kernels are compiled."""
+    middle = lines[(len(lines) - 1) // 2]
+    count = lines[-1]["step"] - middle["step"]
+    return (lines[-1]["seconds"] - middle["seconds"]) / count if count else lines[0]["seconds"]
