@@ -211,8 +211,11 @@ def seconds_parts(
 
 
 def disk_parts(config: TrainConfig, model: Anatomy, work: Workload) -> Parts:
-    """Bytes of the run folder, and of the largest export of it (merged, 16 bits)."""
-    kept = min(work.saves, config.save_total_limit)
+    """Bytes of the run folder at most, and of the largest export of it (merged, 16 bits).
+
+    The best checkpoint stays beside the last ones; whether it is one of them is not known before.
+    """
+    kept = min(work.saves, config.save_total_limit + (work.evaluations > 0))
     return {
         "checkpoints": kept * checkpoint_bytes(config, model),
         "model" if config.trains_all else "adapter": model.trained_bytes + model.tokenizer_bytes,
