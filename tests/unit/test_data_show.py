@@ -110,3 +110,27 @@ def test_mistakes_are_told(file: Path) -> None:
     ):
         done = runner.invoke(app, ["data", "show", *words, "--json"])
         assert done.exit_code == 2 and json.loads(done.stdout)["error"]["code"] == code
+
+
+def test_labelled_texts_show_their_label(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,sentiment\ngood film,pos\n" + "bad " * 600 + ",neg\n")
+    done = runner.invoke(app, ["data", "show", str(path), "--max-length", "50", "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    one, two = said["rows"]
+    assert (one["label"], one["text"], one["cut_tokens"]) == ("pos", "[CLS] good film [SEP]", 0)
+    assert (two["label"], two["tokens"], two["cut_tokens"]) == ("neg", 602, 552)
+    assert (said["model"], said["max_length"]) == ("demo-encoder", 50)
+    done = runner.invoke(app, ["data", "show", str(path), "--row", "2"])  # what the model knows
+    assert "90 tokens beyond --max-length 512" in done.stdout.replace("\n", " "), done.output
+    assert runner.invoke(app, ["data", "show", str(path), "--task", "causal"]).exit_code == 2
+    assert runner.invoke(app, ["data", "show", str(path), "--task", "x"]).exit_code == 2
+
+
+def test_marked_texts_show_their_spans(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"tokens": ["to", "Rome"], "tags": ["O", "B-city"]}) + "\n")
+    words = ["data", "show", str(path), "--task", "token_classification", "--json"]
+    (row,) = json.loads(runner.invoke(app, words).stdout)["rows"]
+    assert (row["label"], row["text"]) == ("'Rome' city", "[CLS] to rome [SEP]")

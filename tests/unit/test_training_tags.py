@@ -179,6 +179,18 @@ def test_settings_that_do_not_fit(place, bases, changes, words):
     assert not (place / "run").exists()
 
 
+def test_the_texts_are_audited(place, bases):
+    damaged = {"tokens": ["caf\u00c3\u00a9", "world"], "tags": ["O", "B-place"]}
+    write(place / "rows.jsonl", [*rows(), damaged])
+    heard = []
+    train(settings(bases["bert"], max_steps=1), listener=heard.append)
+    audit = json.loads((place / "run" / "data.json").read_text())["audit"]
+    found = next(f for f in audit["findings"] if f["rows"] == [61])
+    assert found["message"] in " ".join(next(e for e in heard if e["type"] == "data")["warnings"])
+    train(settings(bases["bert"], max_steps=1, data_check=False, output="off"))
+    assert json.loads((place / "off" / "data.json").read_text())["audit"] is None
+
+
 def test_without_held_out_rows_the_last_step_is_kept(place, bases):
     result = train(settings(bases["bert"], eval_fraction=0.0, max_steps=1))
     assert result.metrics is None and result.adapter.is_dir()

@@ -50,6 +50,7 @@ def settings_of(data: list[str], **typed: Any) -> dict[str, Any]:
     return {**{key: default_of(key, "causal") for key in _USED}, **found}
 
 
+_COLUMNS = {"text": "text", "pair": "text_pair", "label": "label"}
 _USED = ("map", "max_length", "chat_template", "completion_only_loss", "revision")
 
 
@@ -82,6 +83,10 @@ def show(
             "--completion-only-loss/--no-completion-only-loss", help="Learn the answers only."
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="TEXT", help="The task of the rows; unset: by columns."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show rows as training sees them, and which tokens are trained.
@@ -97,42 +102,72 @@ def show(
         map=_mapping(mapping) if mapping else None,
         chat_template=chat_template,
         completion_only_loss=completion_only_loss,
+        task=task,
     )
+    first, wanted = (row, 1) if row is not None else (1, max(1, count))
     with ctx.obj.busy("reading"), quiet_libraries(), only_warnings():
-        from finegraft.data import show as rendering
+        from finegraft.data import show_labels
 
-        first, wanted = (row, 1) if row is not None else (1, max(1, count))
-        picked = rendering.rows(
-            settings["data"], settings["map"], first=max(1, first), count=wanted
-        )
-        tokenizer = _tokenizer(settings)
-        rendered = [
-            rendering.shown(
-                one,
-                tokenizer,
-                max_length=settings["max_length"],
-                completion_only=settings["completion_only_loss"],
-            )
-            for one in picked
-        ]
-    told = settings.get("model") or "demo"
+        task = show_labels.task_of(settings["data"], settings["map"], settings.get("task"))
+        labelled = task != "causal"
+        render = _labelled if labelled else _conversations
+        told = settings.get("model") or ("demo-encoder" if labelled else "demo")
+        found, longest = render(settings | {"model": told, "task": task}, max(1, first), wanted)
     result = {
         "model": told,
-        "max_length": settings["max_length"],
-        "rows": [_object(p, r, tokens) for p, r in zip(picked, rendered, strict=True)],
+        "max_length": longest,
+        "rows": [_object(p, r, tokens) for p, r in found],
     }
 
     def write(to: Console) -> None:
-        for one, its in zip(picked, rendered, strict=True):
-            _write(to, one, its, tokens, settings["max_length"])
+        for one, its in found:
+            _write(to, one, its, tokens, longest)
         marked = "green" if _coloured(to) else "in brackets"
+        ending = "The label is trained" if labelled else f"Trained tokens are {marked}"
         other = "" if settings.get("model") else "; --model shows another model's tokens"
-        to.print(
-            Text(f"Trained tokens are {marked}. Rendered for {told}{other}.", style="dim"),
-            soft_wrap=True,
-        )
+        to.print(Text(f"{ending}. Rendered for {told}{other}.", style="dim"), soft_wrap=True)
 
     ctx.obj.result(result, write)
+
+
+def _conversations(settings: dict[str, Any], first: int, count: int) -> tuple[list[Any], int]:
+    """Rows with what training makes of their tokens, and the longest row in tokens."""
+    from finegraft.data import show as rendering
+
+    picked = rendering.rows(settings["data"], settings["map"], first=first, count=count)
+    tokenizer = _tokenizer(settings)
+    lengths = {
+        "max_length": settings["max_length"],
+        "completion_only": settings["completion_only_loss"],
+    }
+    return [(one, rendering.shown(one, tokenizer, **lengths)) for one in picked], lengths[
+        "max_length"
+    ]
+
+
+def _labelled(settings: dict[str, Any], first: int, count: int) -> tuple[list[Any], int]:
+    """Labelled texts with their tokens, and the longest text in tokens."""
+    from finegraft import opening
+    from finegraft.data import show_labels
+    from finegraft.models.locate import locate
+
+    columns = {name: settings.get(f"{key}_column") for name, key in _COLUMNS.items()}
+    picked = show_labels.rows(
+        settings["data"],
+        settings["map"],
+        task=settings["task"],
+        columns=columns,
+        first=first,
+        count=count,
+    )
+    tokenizer = opening.open_text_tokenizer(
+        locate(settings["model"], revision=settings["revision"]),
+        max_seq_length=settings["max_length"],
+        truncation_side=settings.get("truncation_side"),
+        trust_remote_code=settings.get("trust_remote_code", False),
+    )
+    shown = [(one, show_labels.shown(one, tokenizer)) for one in picked]
+    return shown, tokenizer.model_max_length
 
 
 def _tokenizer(settings: dict[str, Any]) -> Any:
@@ -140,7 +175,7 @@ def _tokenizer(settings: dict[str, Any]) -> Any:
     from finegraft.data.chat_templates import get_chat_template
     from finegraft.models.locate import locate
 
-    located = locate(settings.get("model") or "demo", revision=settings["revision"])
+    located = locate(settings["model"], revision=settings["revision"])
     tokenizer = opening.open_tokenizer(
         located, trust_remote_code=settings.get("trust_remote_code", False)
     )
@@ -154,11 +189,12 @@ def _object(row: Any, its: Any, tokens: bool) -> dict[str, Any]:
         "source": row.source,
         "source_row": row.number,
         "format": row.format,
-        "text": "".join(its.pieces),
+        "text": "".join(text for _, text in its.parts),
         "tokens": len(its.ids),
         "trained_tokens": its.trained,
         "cut_tokens": its.cut,
         "dropped": its.dropped,
+        **({"label": row.label} if hasattr(row, "label") else {}),
         **({"pieces": its.pieces, "states": its.states, "ids": its.ids} if tokens else {}),
     }
 
@@ -169,7 +205,10 @@ def _coloured(to: Console) -> bool:
 
 def _write(to: Console, row: Any, its: Any, tokens: bool, max_length: int) -> None:
     title = f"row {row.place} ({row.source}, {row.format}): {len(its.ids):,} tokens"
-    title += f", {its.trained:,} trained"
+    if hasattr(row, "label"):
+        title += f", label {row.label}"
+    else:
+        title += f", {its.trained:,} trained"
     to.print(Text(title, style="bold"), soft_wrap=True)
     body = Text()
     (_tokens if tokens else _text)(body, its, _coloured(to))

@@ -95,13 +95,18 @@ def rows(
             if len(picked) == count:
                 return picked
     if not picked:
-        raise DataError(
-            "FG-DATA-039",
-            f"there is no row {first} in {sources.describe(spec)}",
-            allowed=f"1 to {before}",
-            fix=f"--row {before}",
-        )
+        raise no_row(first, before, spec)
     return picked
+
+
+def no_row(wanted: int, rows: int, spec: sources.Spec) -> DataError:
+    """A row was asked for that is not there."""
+    return DataError(
+        "FG-DATA-039",
+        f"there is no row {wanted} in {sources.describe(spec)}",
+        allowed=f"1 to {rows}",
+        fix=f"--row {rows}",
+    )
 
 
 def shown(
@@ -137,8 +142,15 @@ def shown(
     labels = labels or [IGNORE] * kept
     states = [READ if label == IGNORE else TRAINED for label in labels]
     states += [CUT] * (len(whole) - kept)
-    parts = [(state, _decoded(whole[where], tokenizer)) for state, where in _stretches(states)]
-    return Shown(whole, pieces(whole, tokenizer), states, parts, dropped)
+    return assembled(whole, states, tokenizer, dropped)
+
+
+def assembled(
+    ids: list[int], states: list[str], tokenizer: PreTrainedTokenizerBase, dropped: bool = False
+) -> Shown:
+    """Tokens and what becomes of each, with their text."""
+    parts = [(state, _decoded(ids[where], tokenizer)) for state, where in _stretches(states)]
+    return Shown(ids, pieces(ids, tokenizer), states, parts, dropped)
 
 
 def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

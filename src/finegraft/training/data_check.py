@@ -9,7 +9,7 @@ characters; near duplicates are left out above 100,000 rows, which the record sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,8 @@ def look(
     *,
     task: str = "causal",
     columns: Mapping[str, str | None] | None = None,
+    texts: Sequence[str] | None = None,
+    sample: Sequence[Mapping[str, Any]] | None = None,
 ) -> Looked:
     """Audit the rows of a configuration, unless ``data_check`` is off.
 
@@ -48,6 +50,8 @@ def look(
         rows: How many there are; decides whether near duplicates are looked for.
         task: As ``audit`` takes it.
         columns: Of classification.
+        texts: One a row, of rows in a layout that ``audit`` does not read; looked at alone.
+        sample: Rows to look at instead of those that the configuration names, columns renamed.
 
     Raises:
         DataError: FG-DATA-054, rows with half a character, at which every tokenizer stops.
@@ -55,10 +59,11 @@ def look(
     if not config.data_check:
         return Looked()
     near = rows <= NEAR_ROWS
+    given = [{"text": text} for text in texts] if texts is not None else sample
     report = audit(
-        config.data,
-        held_out=config.eval_data,
-        mapping=config.map,
+        config.data if given is None else given,
+        held_out=config.eval_data if given is None else None,
+        mapping=config.map if given is None else None,
         task=task,
         columns=columns,
         near=near,
@@ -71,7 +76,7 @@ def look(
             allowed="whole characters, as UTF-8 has them",
             fix=f"finegraft data check {describe(config.data)} --fix cleaned.jsonl",
         )
-    told = _TOLD if task == "classification" else ()
+    told = _TOLD if task == "classification" or texts is not None else ()
     report.findings = [f for f in report.findings if f.check.code not in told]
     lines = report.lines()
     more = len(lines) - _MOST_LINES

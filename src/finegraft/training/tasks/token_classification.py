@@ -24,6 +24,7 @@ from finegraft.data.labels import Examples
 from finegraft.data.sources import describe, fingerprint
 from finegraft.models import classifier, load
 from finegraft.models.locate import Located, locate
+from finegraft.training import data_check
 from finegraft.training.classifier import ClassifierTrainer
 from finegraft.training.entities import CHOICES, Measure, likeliest, loss_of
 from finegraft.training.events import EventLog
@@ -80,6 +81,7 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
     located = locate(config.model, revision=config.revision)
     names = _in_order_of_model(tags.names_for(examples, given), located, config.trust_remote_code)
     train, held, warnings = _sides(config, examples, names, given)
+    looked = data_check.look(config, len(rows), texts=examples.texts)
     metric = chosen(config, "token classification", CHOICES, held is not None)
     tokenizer = opening.open_text_tokenizer(
         located,
@@ -98,6 +100,7 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
             f"{'beginning' if config.truncation_side == 'left' else 'end'} is cut off, with what "
             "is marked there"
         )
+    warnings += looked.lines
     counts = {
         "rows": len(train),
         "tokens": sum(map(len, encoded.columns["input_ids"])),
@@ -114,6 +117,7 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
         "path": describe(config.data),
         "fingerprint": fingerprint(config.data),
         "counts": counts,
+        "audit": looked.record,
     }
     return _Data(
         encoded.dataset(),
