@@ -85,7 +85,7 @@ stroke-dasharray:5 4}.chart text.marked{fill:var(--error)}
 footer{margin-top:3rem;color:var(--soft);font-size:.88rem;border-top:1px solid var(--line);
 padding-top:.6rem}
 @media print{body{font-size:11pt}main{max-width:none;padding:0}nav,.skip{display:none}
-details{break-inside:avoid}figure,.tile,tr{break-inside:avoid}
+h1,h2,h3{break-after:avoid}.chart{max-width:32rem}details{break-inside:avoid}figure,.tile,tr{break-inside:avoid}
 details::details-content{content-visibility:visible;block-size:auto}
 :root{--ink:#000;--paper:#fff;--card:#fff;--soft:#333;--line:#999;--grid:#ddd;--accent:#2563a8}}
 """
