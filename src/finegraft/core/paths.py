@@ -33,7 +33,8 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     free = ""
     with contextlib.suppress(OSError):
         anchor = next(p for p in (path, *path.absolute().parents) if p.exists())
-        free = f" ({shutil.disk_usage(anchor).free / 1e6:,.1f} MB free)"
+        left = shutil.disk_usage(anchor).free
+        free = f" ({left / 1e9:,.1f} GB free)" if left >= 1e9 else f" ({left / 1e6:,.1f} MB free)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageError(
             "FG-DISK-001",

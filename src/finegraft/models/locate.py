@@ -86,7 +86,7 @@ def _file(path: Path, name: str) -> Located:
     )
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     return (
         name.startswith((".", "~", os.sep))
         or name.lower().endswith(".gguf")
@@ -130,6 +130,6 @@ def locate(name: str | Path, *, revision: str | None = None, token: str | None =
         return _folder(path, text, revision)
     if path.is_file():
         return _file(path, text)
-    if isinstance(name, Path) or _looks_like_path(text):
+    if isinstance(name, Path) or looks_like_path(text):
         raise _no_such_path(path)
     return _folder(hub.download(text, revision, token), text, revision)
