@@ -40,16 +40,17 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Quick tests first, then parity, two files at a time on one thread each; then end to end on the
-# real small models, which take all threads and so run one at a time.
-APART := -n 2 --dist loadfile tests/test_architecture.py tests/unit tests/parity
+# Quick tests first, then parity, then end to end on the real small models; two files at a time, on
+# one thread each, because most of an end-to-end test is one thread that loads libraries.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+QUICK := tests/test_architecture.py tests/unit tests/parity
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not cuda" $(APART)
-	$(BIN)/python -m pytest -q -m "not slow and not cuda" tests/e2e
+	$(PYTEST) -m "not slow and not cuda" $(QUICK)
+	$(PYTEST) -m "not slow and not cuda" tests/e2e
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(APART)
+	$(PYTEST) $(QUICK)
 	$(BIN)/python -m pytest -q tests/e2e
 
 bench: install
