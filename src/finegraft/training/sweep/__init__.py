@@ -1,0 +1,1 @@
+"""Sweeps: the same rows with several settings, see ``sweep.planning`` and ``sweep.running``."""
