@@ -38,6 +38,7 @@ PARTS = {
     "CORE": "Names of formats, methods and kernels",
     "DATA": "Rows and their rendering",
     "DISK": "Folders and disks",
+    "DIST": "Several processes",
     "EVAL": "Evaluation",
     "EXPORT": "Exporting",
     "GEN": "Generating",
@@ -46,10 +47,14 @@ PARTS = {
     "LADDER": "Comparing methods",
     "MODEL": "Models and tokenizers",
     "PLAN": "Forecasts",
+    "RAY": "Ray",
     "RUN": "Run folders",
     "SCORE": "Scoring",
     "SERVE": "Serving",
+    "STREAM": "Streamed rows",
+    "SWEEP": "Sweeps",
     "TOKEN": "New tokens",
+    "UI": "The web page",
     "WATCH": "Watchdogs of training",
 }
 

@@ -27,8 +27,8 @@ RANK = {
     "classifier": 6,
     "fast": 6,
     "serving": 7,
-    "cli": 8,
     "ui": 8,
+    "cli": 9,  # starts the page
 }
 NEVER = {("data", "models"), ("data", "kernels"), ("kernels", "data")}
 # Where a dependency may be imported, as path prefixes below the package.
@@ -40,6 +40,8 @@ CONFINED = {
     "peft": ("adapters/", "opening.py"),
     "trl": ("training/",),
     "gguf": ("export/gguf/", "models/gguf.py"),
+    "optuna": ("training/sweep/search.py",),
+    "ray": ("training/ray_job.py",),
     "libgguf": ("export/gguf/",),
     "fastapi": ("serving/", "ui/"),
     "uvicorn": ("serving/", "ui/"),

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from finegraft.cli.ladder import _Progress
+from finegraft.cli.ladder import Bars
 from finegraft.cli.main import app
 from finegraft.core.schema import build
 from finegraft.training import ladder as comparing
@@ -148,7 +148,7 @@ def test_when_no_method_was_trained_that_is_an_error(climbed):
 
 def test_bars_in_a_terminal(capsys):
     console = Console(force_terminal=True, width=100, record=True)
-    shown = _Progress(console)
+    shown = Bars(console)
     place = {"method": "dora", "number": 3, "of": 7, "ladder_seconds": 125.0}
     shown({"type": "rung", "how": "starting", **place})
     step = {"step": 4, "total_steps": 9, "loss": 0.5, "eta_seconds": 7.0}

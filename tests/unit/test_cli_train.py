@@ -11,6 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from finegraft.cli import launch
+from finegraft.cli import train as command
 from finegraft.cli.flags import _without_none
 from finegraft.cli.main import app
 from finegraft.core.errors import DataError
@@ -45,7 +47,13 @@ def trained(monkeypatch):
             tokenizer=None,
         )
 
+    def launched(out, config, machines, *, resume=False):
+        return train(config, listener=lambda event: None, resume=resume)
+
     monkeypatch.setattr(training_run, "train", train)
+    monkeypatch.setattr(launch, "run_launched", launched)
+    monkeypatch.setattr(launch, "require_possible", lambda *_: None)
+    monkeypatch.setattr(command, "_require_there", lambda _: None)
     return seen
 
 

@@ -229,6 +229,12 @@ def export(
         str | None,
         typer.Option("--ollama-base", metavar="NAME", help="Ollama's base, for ollama:adapter."),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also", metavar="NAME=RUN", help="Another adapter of its base, for vllm:adapter."
+        ),
+    ] = None,
     push: Push = None,
     private: Private = False,
     no_verify: NoVerify = False,
@@ -240,10 +246,28 @@ def export(
 
       finegraft export runs/first --to gguf:q4_k_m,gguf:q8_0 --output gguf
     """
-    options = {"dtype": dtype, "base": ollama_base}
+    options = {"dtype": dtype, "base": ollama_base, "also": _adapters(also or []) or None}
     options = {name: value for name, value in options.items() if value is not None}
     upload = {"repo": push, "private": private or None} if push else None
     _run(ctx.obj, source, output, to, not no_verify, options, upload)
+
+
+def _adapters(pairs: list[str]) -> dict[str, str]:
+    """Read ``--also``: names and the folders of adapters."""
+    from finegraft.core.errors import ExportError
+
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, _, place = pair.partition("=")
+        if not name or not place or name in found:
+            raise ExportError(
+                "FG-EXPORT-076",
+                f"--also got {pair!r}" + (" after another of that name" if name in found else ""),
+                allowed="NAME=RUN, each name once",
+                fix="for example --also french=runs/french",
+            )
+        found[name] = place
+    return found
 
 
 def push(

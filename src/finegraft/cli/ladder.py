@@ -32,8 +32,15 @@ PLAIN_EVERY_SECONDS = 10.0
 _NARROW = 110  # columns from which the whole table fits
 
 
-class _Progress:
-    """Listener: two bars in a terminal, a line now and then elsewhere."""
+class Bars:
+    """Listener: two bars in a terminal, a line now and then elsewhere.
+
+    Attributes:
+        whole: What the first bar is of.
+        one: What the second is of.
+    """
+
+    whole, one = "ladder", "rung"
 
     def __init__(self, console: Console):
         self.console = console
@@ -44,7 +51,7 @@ class _Progress:
             TextColumn("{task.fields[words]}"),
         )
         self.bars = Progress(*columns, console=console, transient=True)
-        self.ladder = self.bars.add_task("ladder", total=None, words="")
+        self.ladder = self.bars.add_task(self.whole, total=None, words="")
         self.rung = self.bars.add_task("", total=None, words="")
         self.shown_at = 0.0
 
@@ -52,15 +59,15 @@ class _Progress:
         left = event.get("ladder_seconds")
         words = f"about {clock(left)} left" if left is not None else ""
         self.bars.update(self.ladder, total=event["of"], completed=event["number"] - 1, words=words)
-        name = f"rung {event['number']} of {event['of']}: {event['method']}"
+        name = f"{self.one} {event['number']} of {event['of']}: {event['method']}"
         if event["type"] == "rung":
             self.bars.reset(self.rung, description=event["method"], total=None, words="loading")
             after = f", {words}" if words else ""
-            self._line(f"{name}, {event['how']}{after}")
+            self.line(f"{name}, {event['how']}{after}")
         elif event["type"] == "step":
             self._step(event, name, words)
         elif event["type"] == "notice":
-            self._line(event["message"], "yellow")
+            self.line(event["message"], "yellow")
         elif event["type"] == "phase" and event["name"] != "training":
             self.bars.update(self.rung, words=event["name"])
 
@@ -72,16 +79,17 @@ class _Progress:
         now = time.monotonic()
         if not self.console.is_terminal and now - self.shown_at >= PLAIN_EVERY_SECONDS:
             self.shown_at = now
-            self._line(f"{name}, step {done}/{total}, {loss}, {words} in all")
+            self.line(f"{name}, step {done}/{total}, {loss}, {words} in all")
 
-    def _line(self, words: str, style: str = "") -> None:
+    def line(self, words: str, style: str = "") -> None:
+        """Write a line above the bars."""
         self.console.print(words, style=style, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[_Progress]:
-    shown = _Progress(console)
-    if console.is_terminal:
+def showing(shown: Bars) -> Iterator[Bars]:
+    """Draw the bars for the block, where there is a terminal."""
+    if shown.console.is_terminal:
         shown.bars.start()
     try:
         yield shown
@@ -202,7 +210,7 @@ def ladder(
     rows = planned.data["counts"]["rows"]
     out.note(f"{len(planned.rungs) - 1} methods, {length} of {rows:,} rows each, in {folder}")
     try:
-        with quiet_libraries(), _progress(out.err) as listener:
+        with quiet_libraries(), showing(Bars(out.err)) as listener:
             found = comparing.climb(planned, listener=listener)
     except KeyboardInterrupt as stop:
         raise Stopped(getattr(stop, "by", "Ctrl-C"), again) from None

@@ -28,14 +28,17 @@ from finegraft.cli import (
     export,
     init,
     ladder,
+    models,
     plan,
     predict,
     quickstart,
     resume,
     runs,
     serve,
+    sweep,
     talk,
     train,
+    ui,
 )
 from finegraft.cli import eval as evaluate
 from finegraft.cli.output import STATUS_ERROR, STATUS_INTERRUPTED, Output, debugging
@@ -137,12 +140,15 @@ for _module in (
     train,
     resume,
     ladder,
+    sweep,
     talk,
     export,
     serve,
     predict,
     evaluate,
     runs,
+    ui,
+    models,
     doctor,
     explain,
 ):

@@ -17,10 +17,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from finegraft.cli import launch
 from finegraft.cli.help import Help
 from finegraft.cli.output import Output, quiet_datasets, quiet_libraries
 from finegraft.cli.progress import clock, progress
-from finegraft.cli.train import Json, finish, run_training, terminable
+from finegraft.cli.train import (
+    Json,
+    MaxRestarts,
+    NodeRank,
+    Rendezvous,
+    finish,
+    run_training,
+    terminable,
+)
 from finegraft.core import alone
 from finegraft.core.errors import ConfigError, FinegraftError, did_you_mean
 from finegraft.core.journal import read_events
@@ -51,6 +60,16 @@ def resume(
         int | None,
         typer.Option(metavar="N", help="With --verify: replay at least the last N steps."),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Go on with so many processes, with the same rows a step."),
+    ] = None,
+    nnodes: Annotated[
+        int | None, typer.Option(metavar="M", help="Go on with so many machines.")
+    ] = None,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = "",
+    max_restarts: MaxRestarts = 3,
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was stopped.
@@ -74,12 +93,29 @@ def resume(
     run = run or _newest(out, finished_too=verify)
     settings = _settings_of(run)
     if verify:
+        _require_one_process(settings)
         _verify(out, settings, steps)
         return
+    if nproc is not None or nnodes is not None:
+        from finegraft.training.distributed.portions import for_processes
+
+        settings = for_processes(settings, nproc or settings.nproc, nnodes or settings.nnodes)
     done = _finished(run, settings)
     if done:
         out.note(f"{run} is finished, so there is nothing to go on with.")
-    finish(out, done or run_training(out, settings, resume=True))
+    machines = launch.Machines(node_rank, rendezvous, max_restarts)
+    finish(out, done or run_training(out, settings, resume=True, machines=machines))
+
+
+def _require_one_process(settings: TrainConfig) -> None:
+    """Raises ConfigError FG-DIST-010: a replay runs in this process alone."""
+    if launch.wanted(settings):
+        raise ConfigError(
+            "FG-DIST-010",
+            f"--verify of a run of {settings.nproc * settings.nnodes} processes",
+            allowed="runs of one process: sums over several come out in another order",
+            fix="finegraft resume RUN without --verify",
+        )
 
 
 def _newest(out: Output, *, finished_too: bool) -> Path:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from finegraft.cli import launch, on_ray
 from finegraft.cli.flags import overrides, with_schema_flags
 from finegraft.cli.help import Help
 from finegraft.cli.output import (
@@ -31,12 +32,43 @@ from finegraft.cli.tables import measures
 from finegraft.core.errors import StorageError
 from finegraft.core.process import bounded_memory, keep_freed_memory
 from finegraft.core.schema import TrainConfig, build, from_file
+from finegraft.data import sources, stdin
+from finegraft.data.stream_remote import is_url
+from finegraft.models.locate import locate, looks_like_path
 
+NodeRank = Annotated[
+    int, typer.Option("--node-rank", metavar="K", help="With --nnodes: number of this machine.")
+]
+Rendezvous = Annotated[
+    str,
+    typer.Option(
+        "--rendezvous", metavar="HOST:PORT", help="With --nnodes: where the machines meet."
+    ),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts",
+        metavar="N",
+        help="With --nproc: how often a lost process is answered by a new start.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def run_training(out: Output, config: TrainConfig, *, resume: bool = False) -> Any:
-    """Train with progress on stderr and return the ``RunResult``."""
+def run_training(
+    out: Output,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    machines: launch.Machines | None = None,
+) -> Any:
+    """Train with progress on stderr and return the ``RunResult``, or what a launched run says."""
+    machines = machines or launch.Machines()
+    launch.require_possible(config, machines)
+    _require_there(config)
+    if launch.wanted(config):
+        return launch.run_launched(out, config, machines, resume=resume)
     keep_freed_memory()
     with terminable():
         with out.busy("starting"), quiet_libraries():
@@ -45,10 +77,25 @@ def run_training(out: Output, config: TrainConfig, *, resume: bool = False) -> A
             quiet_libraries(),
             quiet_datasets(),
             progress(out.err) as listener,
-            _way_on(listener.picture, config.output),
+            way_on(listener.picture, config.output),
             bounded_memory(),
         ):
             return run.train(config, listener=listener, resume=resume)
+
+
+def _require_there(config: TrainConfig) -> None:
+    """Tell in half a second, and not after the libraries are loaded, that a file is not there.
+
+    Raises:
+        DataError, ModelError: of rows and of a model that are named by path; ``train`` finds the
+            others.
+    """
+    for spec in filter(None, (config.data, config.eval_data)):
+        for part in sources.parts(spec):
+            if part.path != stdin.NAME and not is_url(part.path):
+                sources.files(part)
+    if looks_like_path(config.model) and not Path(config.model).expanduser().exists():
+        locate(config.model, revision=config.revision)
 
 
 @contextlib.contextmanager
@@ -66,7 +113,7 @@ def terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _way_on(picture: Picture, folder: str) -> Iterator[None]:
+def way_on(picture: Picture, folder: str) -> Iterator[None]:
     """Give what ends the training itself early the command that goes on with it."""
     try:
         yield
@@ -82,6 +129,8 @@ def _way_on(picture: Picture, folder: str) -> Iterator[None]:
 
 def summary(result: Any) -> dict[str, Any]:
     """The keys that ``--json`` promises."""
+    if getattr(result, "elsewhere", False):
+        return {"run": str(result.run), "node": result.node}
     return {
         "run": str(result.run),
         "adapter": str(result.adapter) if result.adapter else None,
@@ -105,6 +154,9 @@ def _show(result: Any, to: Console) -> None:
     def line(words: str, style: str = "") -> None:
         to.print(words, style=style, markup=False, soft_wrap=True)
 
+    if getattr(result, "elsewhere", False):
+        line(f"Machine {result.node} is done; machine 0 has the result.", "green")
+        return
     if result.interrupted:
         line(f"Stopped at step {result.steps} of {result.total_steps}. Go on with:", "yellow")
         line(f"  {resume_command(result.run)}", "bold")
@@ -147,6 +199,11 @@ def train(
         bool,
         typer.Option("--fit", help="Choose micro-batch, recomputation and precision that fit."),
     ] = False,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = "",
+    max_restarts: MaxRestarts = 3,
+    ray: on_ray.Address = None,
+    storage: on_ray.Storage = None,
     as_json: Json = False,
     **flags: Any,
 ) -> None:
@@ -162,7 +219,11 @@ def train(
         from finegraft.cli.plan import choose
 
         settings = choose(ctx.obj, settings)
-    finish(ctx.obj, run_training(ctx.obj, settings))
+    if ray is not None or storage is not None:
+        finish(ctx.obj, on_ray.run_on_ray(ctx.obj, settings, ray, storage, max_restarts))
+        return
+    machines = launch.Machines(node_rank, rendezvous, max_restarts)
+    finish(ctx.obj, run_training(ctx.obj, settings, machines=machines))
 
 
 def register(app: typer.Typer) -> None:

@@ -1,21 +1,22 @@
-"""Charts as HTML for ``core.page``: bars, a histogram, lines.
+"""Charts as HTML for ``core.page``: bars, a histogram, lines, dots.
 
 What: functions from numbers to HTML. How: bars are a grid of boxes, so that text stays text at any
-width; histograms and lines are inline SVG whose colours are the page's. Constraint: light, dark and
-print come from the style sheet alone, and every chart carries its numbers as text for those who do
-not see it. Trade-off: a few kinds of chart by hand instead of matplotlib, whose SVG has its colours
-and sizes drawn in (unreadable in the dark and at 400 pixels) and takes 0.6 s to import.
+width; the others are inline SVG whose colours are the page's. Constraint: light, dark and print
+come from the style sheet alone, and every chart carries its numbers as text for those who do not
+see it. Trade-off: a few kinds of chart by hand instead of matplotlib, whose SVG has its colours and
+sizes drawn in (unreadable in the dark and at 400 pixels) and takes 0.6 s to import.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from finegraft.core.page import TONES, escape
 
 _WIDTH, _HEIGHT = 460, 218  # of the drawing; the page scales it
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 38
+_LETTER, _LONGEST_TICK = 8, 16  # width and number of letters of a tick's text
 _POINTS = 600  # of one line; more are thinned to the least and greatest of each step
 
 
@@ -155,6 +156,99 @@ def lines(
     )
     drawing = _svg(parts, f"{title}: {told}")
     return _figure(title, f'{drawing}<div class="legend">{"".join(legend)}</div>')
+
+
+def dots(
+    title: str,
+    points: Sequence[tuple[float | str, float, str]],
+    *,
+    x_name: str = "",
+    logarithmic_x: bool = False,
+    logarithmic_y: bool = False,
+) -> str:
+    """One dot a point; a line leads through the lowest at each place, the lowest of all has a ring.
+
+    Args:
+        title: Plain text.
+        points: x, y and what is said of it; x are numbers, or names that stand in their order.
+        x_name: Of the axis below.
+        logarithmic_x: Scale of x, all above 0.
+        logarithmic_y: Scale of y, all above 0.
+    """
+    kept = [point for point in points if math.isfinite(point[1])]
+    if not kept:
+        return _figure(title, '<p class="soft">no values</p>')
+    places = list(dict.fromkeys(x for x, _, _ in kept))
+    numbers = [x for x in places if not isinstance(x, str)]
+    named = len(numbers) < len(places)
+    if named:
+        at = {x: float(i) for i, x in enumerate(places)}
+    else:
+        at = {x: math.log10(x) if logarithmic_x else float(x) for x in numbers}
+    scale = math.log10 if logarithmic_y else float
+    ys = [scale(y) for _, y, _ in kept]
+    (x0, x1), (y0, y1) = _with_room(at.values(), 0.06), _with_room(ys, 0.08)
+    plot_w, plot_h = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+
+    def spot(x: float | str, y: float) -> tuple[float, float]:
+        return (
+            _LEFT + plot_w * (at[x] - x0) / (x1 - x0),
+            _TOP + plot_h * (y1 - scale(y)) / (y1 - y0),
+        )
+
+    best = min(kept, key=_second)
+    lowest = {x: min(y for other, y, _ in kept if other == x) for x in places}
+    ordered = places if named else sorted(places, key=lambda x: at[x])
+    path = " ".join("{:.1f},{:.1f}".format(*spot(x, lowest[x])) for x in ordered)
+    parts = [
+        _axis_y(y0, y1, logarithmic_y),
+        _axis_of(ordered, lambda x: spot(x, best[1])[0], x_name),
+    ]
+    parts.append(f'<polyline class="line s3" points="{path}"/>')
+    for x, y, words in kept:
+        across, down = spot(x, y)
+        parts.append(
+            f'<circle class="s0" fill="currentColor" fill-opacity="0.6" cx="{across:.1f}" '
+            f'cy="{down:.1f}" r="4.5"><title>{escape(words)}</title></circle>'
+        )
+    across, down = spot(best[0], best[1])
+    parts.append(
+        f'<circle class="s1" fill="none" stroke-width="2.5" cx="{across:.1f}" cy="{down:.1f}" '
+        'r="8"/>'
+    )
+    told = f"ring: the lowest, {best[2]}"
+    return _figure(title, _svg(parts, f"{title}; {len(kept)} values; {told}"), told)
+
+
+def _with_room(values: Iterable[float], share: float) -> tuple[float, float]:
+    """The ends of an axis, so that no dot lies on its edge."""
+    values = list(values)
+    low, high = min(values), max(values)
+    room = (high - low) * share or 0.5
+    return low - room, high + room
+
+
+def _axis_of(
+    places: Sequence[float | str], across: Callable[[float | str], float], name: str
+) -> str:
+    """An axis whose ticks are the places themselves; of many, those with room for their text."""
+    y = _HEIGHT - _BOTTOM
+    parts = [f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>']
+    end = -math.inf
+    for place in places:
+        text = place if isinstance(place, str) else _number(place)
+        text = text if len(text) <= _LONGEST_TICK else text[: _LONGEST_TICK - 1] + "…"
+        half = _LETTER * len(text) / 2
+        x = min(max(across(place), half), _WIDTH - half)
+        if x - half < end:
+            continue
+        end = x + half + _LETTER
+        parts.append(f'<text x="{x:.1f}" y="{y + 17}" text-anchor="middle">{escape(text)}</text>')
+    if name:
+        parts.append(
+            f'<text x="{_WIDTH - _RIGHT}" y="{y + 33}" text-anchor="end">{escape(name)}</text>'
+        )
+    return "".join(parts)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

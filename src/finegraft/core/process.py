@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD_BYTES = 64 << 20
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -31,6 +32,21 @@ def keep_freed_memory() -> bool:
         (_M_TOP_PAD, _TOP_PAD_BYTES),
     )
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def give_back_memory() -> bool:
+    """Let the C library return large blocks at once, which it otherwise keeps for a while.
+
+    Split layers are put together and let go of all the time; after three steps of a 135M model the
+    heap of such a process held 1.2 GB that nobody used.
+
+    Returns:
+        True where the C library is glibc and took the setting.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES) == 1
 
 
 @contextlib.contextmanager

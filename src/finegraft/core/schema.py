@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from finegraft.core.errors import ConfigError, did_you_mean
@@ -87,6 +87,13 @@ class TrainConfig(BaseModel):
         0.0, "share of rows held out for evaluation", "data", classification=0.2, ge=0, lt=1
     )
     map: dict[str, str] = _field({}, "columns to rename, wanted=found", "data")
+    streaming: Literal["auto", "true", "false"] = _field(
+        "auto",
+        "read rows while training instead of holding them; auto: what is larger than a quarter of "
+        "the memory, and URLs",
+        "data",
+        task="causal",
+    )
     max_length: int = _field(1024, "longest row; longer ones are cut and counted", "data", ge=8)
     data_check: bool = _field(
         True, "look for faults in the rows before training; never stops it", "data"
@@ -208,8 +215,19 @@ class TrainConfig(BaseModel):
         "run",
         ge=0,
     )
+    nproc: int = _field(1, "processes on this machine", "run", ge=1)
+    nnodes: int = _field(1, "machines that train together", "run", ge=1)
+    sharding: Literal["none", "fsdp2"] = _field(
+        "none", "fsdp2: each process keeps a part of the frozen layers only", "run"
+    )
     stop_on_nan: bool = _field(True, "stop when a loss or gradient is not a number", "run")
     overwrite: bool = _field(False, "replace an existing run folder", "run")
+
+    @field_validator("streaming", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        """YAML's true and false, as the words that flags take."""
+        return str(value).lower() if isinstance(value, bool) else value
 
     @property
     def trains_all(self) -> bool:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,34 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
+def files_of(name: str) -> list[str]:
+    """The files of a split as URLs, for reading them without a copy on this machine.
+
+    Raises:
+        DataError: as ``rows_of``.
+    """
+    return list(_opened(name, _files))
+
+
+def _files(repo: str, subset: str | None, split: str) -> Any:
+    import datasets
+
+    return datasets.load_dataset_builder(repo, subset).config.data_files[split]
+
+
 @functools.lru_cache(maxsize=4)
 def _loaded(name: str) -> Any:
+    return _opened(name, _load)
+
+
+def _load(repo: str, subset: str | None, split: str) -> Any:
+    import datasets
+
+    return datasets.load_dataset(repo, subset, split=split)
+
+
+def _opened(name: str, use: Callable[[str, str | None, str], Any]) -> Any:
+    """``use`` of the repository, subset and split that a name means."""
     import datasets
     from huggingface_hub import errors
 
@@ -66,7 +92,9 @@ def _loaded(name: str) -> Any:
         splits = datasets.get_dataset_split_names(repo, subset) if split is None else [split]
         if split is None:
             split = _only(name, splits)
-        return datasets.load_dataset(repo, subset, split=split)
+        return use(repo, subset, split)
+    except KeyError as error:
+        raise _choose(name, "splits", f"{repo}:<split>", f"it has no split {error}") from error
     except ValueError as error:
         said = str(error)
         if "Config name is missing" in said or "BuilderConfig" in said:

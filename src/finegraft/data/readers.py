@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from finegraft.core.errors import DataError
+from finegraft.data.stream_remote import Remote, failures
 
 Row = dict[str, Any]
+Place = Path | Remote  # what has a suffix and can be opened
 EXCERPT_CHARS = 60
 BATCH_ROWS = 1000  # of parquet and arrow files, read at a time
 _MAX_CELL_CHARS = 2**31 - 1
 
 
-def suffixes(path: Path) -> tuple[str, str]:
+def suffixes(path: Place) -> tuple[str, str]:
     """The suffix that says what is in a file, and the one that says how it is compressed."""
     outer = path.suffix.lower()
     if outer in COMPRESSED:
@@ -40,13 +42,13 @@ def suffixes(path: Path) -> tuple[str, str]:
     return outer, ""
 
 
-def readable(path: Path) -> bool:
+def readable(path: Place) -> bool:
     """Whether there is a reader for files named so."""
     inner, outer = suffixes(path)
     return inner in READERS and (not outer or inner in _TEXT)
 
 
-def rows_of(path: Path) -> Iterator[Row]:
+def rows_of(path: Place) -> Iterator[Row]:
     """Yield the rows of one file.
 
     Raises:
@@ -65,7 +67,7 @@ def rows_of(path: Path) -> Iterator[Row]:
     return _guarded(path, READERS[suffixes(path)[0]])
 
 
-def _guarded(path: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
+def _guarded(path: Place, reader: Callable[[Place], Iterator[Row]]) -> Iterator[Row]:
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
@@ -76,9 +78,12 @@ def _guarded(path: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[Ro
     except OSError as error:
         problem = error.strerror or excerpt(str(error))
         raise unreadable(path, None, problem, "check that the file is whole") from error
+    except failures() as error:  # those of a file elsewhere that are no OSError
+        problem = excerpt(str(error) or type(error).__name__)
+        raise unreadable(path, None, problem, "check the connection and try again") from error
 
 
-def unreadable(path: Path, line: int | None, problem: str, fix: str) -> DataError:
+def unreadable(path: Place, line: int | None, problem: str, fix: str) -> DataError:
     """The error for something in a file that is not a row."""
     where = f"{path}, line {line}" if line else str(path)
     return DataError("FG-DATA-003", f"{where}: {problem}", fix=fix)
@@ -90,13 +95,19 @@ def excerpt(text: str) -> str:
     return text if len(text) <= EXCERPT_CHARS else text[:EXCERPT_CHARS] + "..."
 
 
-def _zstd(path: Path) -> IO[bytes]:
+def _zstd(source: Any) -> IO[bytes]:
     import pyarrow
 
-    return pyarrow.input_stream(str(path), compression="zstd")
+    named = str(source) if isinstance(source, Path) else source
+    return pyarrow.input_stream(named, compression="zstd")
 
 
-COMPRESSED: dict[str, Callable[[Path], Any]] = {
+def _source(path: Place) -> Any:
+    """What libraries open: the path of a file here, a handle of one elsewhere."""
+    return str(path) if isinstance(path, Path) else path.open("rb")
+
+
+COMPRESSED: dict[str, Callable[[Any], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -105,12 +116,12 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {
 
 
 @contextmanager
-def _text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+def _text(path: Place, newline: str | None = None) -> Iterator[IO[str]]:
     """Open as text: UTF-8, or UTF-16 where the file begins with its mark, as Excel writes it."""
     outer = suffixes(path)[1]
 
     def opened() -> Any:
-        return COMPRESSED[outer](path) if outer else open(path, "rb")
+        return COMPRESSED[outer](_source(path)) if outer else path.open("rb")
 
     with opened() as binary:
         start = binary.read(2)
@@ -119,7 +130,7 @@ def _text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
         yield text
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Place) -> Iterator[Row]:
     fix = 'write one JSON object a line, for example {"prompt": "...", "completion": "..."}'
     with _text(path) as lines:
         for number, line in enumerate(lines, 1):
@@ -138,7 +149,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             yield row
 
 
-def _json_document(path: Path) -> Iterator[Row]:
+def _json_document(path: Place) -> Iterator[Row]:
     with _text(path) as handle:
         text = handle.read()
     if not text.strip():
@@ -176,8 +187,8 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _separated(delimiter: str) -> Callable[[Path], Iterator[Row]]:
-    def read(path: Path) -> Iterator[Row]:
+def _separated(delimiter: str) -> Callable[[Place], Iterator[Row]]:
+    def read(path: Place) -> Iterator[Row]:
         with _text(path, newline="") as lines:
             used = delimiter
             first = lines.readline()
@@ -194,7 +205,7 @@ def _after(first: str, rest: IO[str]) -> Iterator[str]:
     yield from rest
 
 
-def _table(path: Path, cells: Any, delimiter: str) -> Iterator[Row]:
+def _table(path: Place, cells: Any, delimiter: str) -> Iterator[Row]:
     """Rows of a csv reader, the first one naming the columns."""
     header: list[str] | None = None
     while True:
@@ -219,33 +230,41 @@ def _table(path: Path, cells: Any, delimiter: str) -> Iterator[Row]:
         yield dict(zip(header, row, strict=True))
 
 
-def _require_distinct(path: Path, header: list[str]) -> None:
+def _require_distinct(path: Place, header: list[str]) -> None:
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         problem = f"the header names the column '{twice}' twice"
         raise unreadable(path, 1, problem, "give every column a name of its own")
 
 
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
+def _parquet(path: Place) -> Iterator[Row]:
     from pyarrow import parquet
 
+    with parquet_errors(path), parquet.ParquetFile(_source(path)) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def parquet_errors(path: Place) -> Iterator[None]:
+    """Say FG-DATA-003 where pyarrow finds that a file is damaged."""
+    import pyarrow
+
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                yield from batch.to_pylist()
+        yield
     except pyarrow.ArrowException as error:
         problem = f"not a parquet file ({excerpt(str(error))})"
         raise unreadable(path, None, problem, "write the file again") from error
 
 
-def _arrow(path: Path) -> Iterator[Row]:
+def _arrow(path: Place) -> Iterator[Row]:
     """Arrow's file format (feather is the same), or its stream, which datasets caches rows in."""
     import pyarrow
     from pyarrow import ipc
 
     try:
-        with pyarrow.memory_map(str(path)) as memory:
+        here = isinstance(path, Path)
+        with pyarrow.memory_map(str(path)) if here else path.open("rb") as memory:
             try:
                 opened = ipc.open_file(memory)
                 batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
@@ -260,20 +279,20 @@ def _arrow(path: Path) -> Iterator[Row]:
         raise unreadable(path, None, problem, "write the file again") from error
 
 
-def _text_lines(path: Path) -> Iterator[Row]:
+def _text_lines(path: Place) -> Iterator[Row]:
     with _text(path) as lines:
         for line in lines:
             if line.strip():
                 yield {"text": line.rstrip("\n")}
 
 
-def _spreadsheet(path: Path) -> Iterator[Row]:
+def _spreadsheet(path: Place) -> Iterator[Row]:
     """Rows of the first sheet that has some; the first row names the columns."""
     import openpyxl
     from openpyxl.utils.exceptions import InvalidFileException
 
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        book = openpyxl.load_workbook(_source(path), read_only=True, data_only=True)
     except (zipfile.BadZipFile, InvalidFileException, KeyError, ValueError) as error:
         problem = f"not a spreadsheet ({excerpt(str(error))})"
         raise unreadable(path, None, problem, "save it as .xlsx or .csv again") from error
@@ -309,7 +328,7 @@ def _cell(value: Any) -> Any:
     return float(value) if isinstance(value, decimal.Decimal) else value
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Place], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_document,

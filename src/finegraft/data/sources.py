@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 from finegraft.core.errors import ConfigError, DataError, did_you_mean, near
 from finegraft.data import hub_rows, readers, stdin
 from finegraft.data.rows import renamed
+from finegraft.data.stream_files import fingerprint as fingerprint_unread
+from finegraft.data.stream_remote import Remote, is_url
+from finegraft.data.stream_remote import files as remote_files
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ class Part:
     """One origin of rows.
 
     Attributes:
-        path: A file, a pattern, ``-`` or ``hf:owner/name``.
+        path: A file, a pattern, ``-``, ``hf:owner/name`` or a URL.
         weight: How often each of its rows is trained on in an epoch.
         map: Columns to rename, wanted to found.
     """
@@ -116,7 +119,8 @@ def iter_rows(spec: Spec, mapping: Mapping[str, str] | None = None) -> Iterator[
         spec: As in ``parts``. Paths are .jsonl, .ndjson, .json, .csv, .tsv, .txt (a row
             ``{"text": ...}`` for each line that is not empty), the same compressed (.gz, .bz2, .xz,
             .zst), .parquet, .arrow, .feather or .xlsx files; patterns (``data/*.jsonl``); folders
-            that datasets saved; ``-`` for standard input; ``hf:owner/name[/subset][:split]``.
+            that datasets saved; ``-`` for standard input; ``hf:owner/name[/subset][:split]``; URLs
+            that fsspec opens.
         mapping: Columns to rename, wanted to found, in the parts that have no ``map`` themselves.
 
     Yields:
@@ -165,6 +169,8 @@ def files(part: Part) -> list[Any]:
     """
     if part.path == stdin.NAME:
         return [stdin.saved()]
+    if is_url(part.path):
+        return list(remote_files(part.path))
     if hub_rows.is_name(part.path):
         return [part.path]
     path = Path(part.path)
@@ -177,6 +183,17 @@ def files(part: Part) -> list[Any]:
         if found:
             return found
     raise _no_file(path)
+
+
+def streamed(part: Part) -> list[Any]:
+    """``files``, with a data set of the hub as the files that it consists of."""
+    found = files(part)
+    return [Remote(url) for url in hub_rows.files_of(part.path)] if found == [part.path] else found
+
+
+def fingerprint_streamed(spec: Spec) -> str:
+    """What tells the files of a specification apart without reading them, as hex."""
+    return fingerprint_unread([file for part in parts(spec) for file in streamed(part)])
 
 
 def _saved_by_datasets(path: Path) -> list[Path]:
@@ -214,7 +231,8 @@ def fingerprint(spec: Spec) -> str:
     """Return the SHA-256 of what a specification names, as hex.
 
     Of one file it is that of its bytes. Of several it is that of their digests in order, so that
-    moving or renaming them changes nothing. Data sets of the hub count by their rows.
+    moving or renaming them changes nothing. Data sets of the hub count by their rows, files behind
+    a URL by what their server says that changes with the content.
 
     Raises:
         DataError: FG-DATA-001, no such file, and as ``iter_rows`` for the hub.
@@ -229,7 +247,9 @@ def fingerprint(spec: Spec) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path | Remote) -> str:
+    if isinstance(path, Remote):
+        return fingerprint_unread([path])
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -250,7 +270,7 @@ def absolute(spec: Any) -> Any:
     if not isinstance(spec, str | Path):
         return [absolute(item) for item in spec]
     part = _part(spec)
-    if hub_rows.is_name(part.path):
+    if is_url(part.path) or hub_rows.is_name(part.path):
         return str(spec)
     path = str(stdin.saved() if part.path == stdin.NAME else Path(part.path).absolute())
     return path if part.weight == 1.0 else f"{path}={part.weight:g}"

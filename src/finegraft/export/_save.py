@@ -20,6 +20,7 @@ import torch
 
 from finegraft.core.errors import ExportError, did_you_mean
 from finegraft.export import FORMATS, _card, _verify
+from finegraft.export._manifests import ADAPTERS
 from finegraft.export._origin import Origin, open_origin
 from finegraft.export._verify import contents
 from finegraft.export._verify.report import FILE, Report
@@ -192,7 +193,9 @@ def _require_replaceable(place: Path, name: str) -> None:
     if name in _INTO_A_FOLDER or not place.exists():
         return
     inside = sorted(p.name for p in place.iterdir()) if place.is_dir() else [place.name]
-    own = FILE in inside and not any(p.is_dir() or p.suffix == ".gguf" for p in place.iterdir())
+    own = FILE in inside and not any(
+        (p.is_dir() and p.name != ADAPTERS) or p.suffix == ".gguf" for p in place.iterdir()
+    )
     if inside and not own:
         raise ExportError(
             "FG-EXPORT-037",

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from finegraft.core.errors import FinegraftError
 from finegraft.core.paths import leftovers, storage_error, sync, sync_names
 from finegraft.training import manifest
+from finegraft.training.distributed import world
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,7 @@ class WholeCheckpoints(transformers.Trainer):
     _began = 0.0
     _sums: dict[str, Any] | None = None
     _held, _met = False, -1
+    _told_loss = 0.0
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Also take back what transformers does not: counters, sums, the best checkpoint's place.
@@ -214,6 +216,8 @@ class WholeCheckpoints(transformers.Trainer):
         source = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
         saved = (manifest.read(Path(source)) or {}) if source else {}
         self.seconds_before = saved.get("seconds", 0.0)
+        if hasattr(self.train_dataset, "restore"):  # ``training.stream``
+            self.train_dataset.restore(saved.get("stream"))
         if source:
             self.tokens_seen = saved.get("tokens", 0)
             self._sums = saved.get("sums")
@@ -272,6 +276,7 @@ class WholeCheckpoints(transformers.Trainer):
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / f"{PREFIX}{self.state.global_step}"
         main, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        self._told_loss = world.total([float(self._tr_loss)], self.args.device)[0]
         with staged(final, self._manifest, main=main, wait=wait) as self._staging:
             try:
                 # the stock method: trl's writes a model card that nobody asked for
@@ -285,14 +290,24 @@ class WholeCheckpoints(transformers.Trainer):
         if main:
             rotate(run_dir, self.args.save_total_limit, [final, *([Path(best)] if best else [])])
 
+    def _place_in_rows(self) -> dict[str, Any]:
+        """Where a stream of rows goes on; a set of rows needs no more than the step."""
+        if not hasattr(self.train_dataset, "state"):
+            return {}
+        args = self.args
+        each = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {"stream": self.train_dataset.state(self.state.global_step * each)}
+
     def _manifest(self) -> dict[str, Any]:
         return {
             **self.record,
+            **self._place_in_rows(),
             "step": self.state.global_step,
             "tokens": self.tokens_seen,
             "seconds": round(self.seconds_before + time.monotonic() - self._began, 3),
+            "processes": self.args.world_size,
             "sums": {
-                "loss": float(self._tr_loss),
+                "loss": self._told_loss / self.args.world_size,
                 "total": self._total_loss_scalar,
                 "logged_at": self._globalstep_last_logged,
             },

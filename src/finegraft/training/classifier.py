@@ -25,6 +25,8 @@ from finegraft import opening
 from finegraft.data.labels import CLASSES, SEVERAL
 from finegraft.models import classifier, swap
 from finegraft.training import checkpoint, metrics
+from finegraft.training.distributed.batches import is_blank
+from finegraft.training.distributed.trainer import Together
 from finegraft.training.trainer import Trainer
 from finegraft.training.watch import Watched
 
@@ -88,7 +90,7 @@ class SaveOften(TrainerCallback):
             control.should_save = True
 
 
-class ClassifierTrainer(Watched, checkpoint.WholeCheckpoints, Trainer):
+class ClassifierTrainer(Watched, checkpoint.WholeCheckpoints, Together, Trainer):
     """Trainer of heads that give one answer a row or a token; the arguments are transformers'.
 
     Attributes:
@@ -115,13 +117,17 @@ class ClassifierTrainer(Watched, checkpoint.WholeCheckpoints, Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stock method; tokens are counted, and a decoder makes no cache."""
-        if self.model.training:
-            self.tokens_seen += int(inputs["attention_mask"].sum())
+        if self.model.training and self.args.world_size == 1:
+            self.tokens_seen += self.real_tokens(inputs)
         if classifier.takes_cache(swap.core(self.model)):
             inputs = {**inputs, "use_cache": False}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        blank = self.args.world_size > 1 and self.model.training and is_blank(inputs["labels"])
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        return found * 0.0 if blank else found  # no row was left for this process
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return  # another process does
         output_dir = output_dir or self.args.output_dir
         with checkpoint.full_disk_named(Path(output_dir)), swap.stock(swap.core(self.model)):
             super()._save(output_dir, state_dict)

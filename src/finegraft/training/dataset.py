@@ -82,7 +82,9 @@ def _fitted(dataset: Dataset, how: Rendering) -> Dataset:
 
 
 def longest_rows(dataset: Any, count: int) -> list[int]:
-    """Lengths of the ``count`` longest rows, in tokens; empty for a stream."""
+    """Lengths of the ``count`` longest rows, in tokens; empty for a stream that knows none."""
+    if hasattr(dataset, "longest"):  # ``training.stream``
+        return list(dataset.longest(count))
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return []
     lengths = pc.list_value_length(dataset.data.column("input_ids"))

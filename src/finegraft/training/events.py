@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from finegraft.core.journal import by_step, heal, read_events
 from finegraft.core.memory import peak_bytes
 from finegraft.core.paths import storage_error
+from finegraft.training.distributed import sharding
 
 __all__ = ["EventLog", "Listener", "RunCallback", "by_step", "memory_bytes", "read_events"]
 
@@ -67,6 +68,16 @@ class EventLog:
             raise storage_error(error, self.path) from error
 
 
+class Silent(EventLog):
+    """Records nothing: of several processes, the first one tells."""
+
+    def open(self, path: Path) -> None:
+        """Open no file."""
+
+    def emit(self, kind: str, **values: Any) -> None:
+        """Tell nobody."""
+
+
 def memory_bytes() -> int:
     """Memory in use: allocated on the GPU, else resident in this process."""
     if torch.cuda.is_available():
@@ -79,6 +90,13 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return peak_bytes()
+
+
+def _kept(trainer: Any) -> dict[str, int]:
+    """Of split layers, the bytes that this process keeps."""
+    if getattr(trainer, "sharding", "none") == "none":
+        return {}
+    return {"sharded_bytes": sharding.kept_bytes(trainer.model)}
 
 
 class RunCallback(TrainerCallback):
@@ -110,15 +128,20 @@ class RunCallback(TrainerCallback):
             total_steps=state.max_steps,
             seconds=round(self.before, 2),
             epochs=state.num_train_epochs,
-            batch=args.train_batch_size * args.gradient_accumulation_steps,
+            batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            processes=args.world_size,
+            **_kept(self.trainer),
             trainable=sum(p.numel() for p in parameters if p.requires_grad),
             parameters=sum(p.numel() for p in parameters),
-            device=str(args.device),
+            device="cpu" if args.device.type == "cpu" else str(args.device),
             dtype=str(self.trainer.model.dtype).removeprefix("torch."),
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop here when asked to."""
+        """Save and stop here when asked to; of several processes, all after the same step."""
+        if args.world_size > 1:
+            self.trainer.stop_wanted = self.stop
+            self.stop = bool(self.trainer.stop_agreed)
         if self.stop:
             control.should_save = control.should_training_stop = True
 

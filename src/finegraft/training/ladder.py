@@ -99,7 +99,7 @@ def plan(
         AdapterError: FG-ADAPT-010, an unknown method.
         DataError: rows that cannot be trained on.
     """
-    values, per_method = _anywhere(values), per_method or {}
+    values, per_method = anywhere(values), per_method or {}
     task = str(values.get("task", "causal"))
     _require_ladder(task, values)
     chosen = list(methods) if methods is not None else list(METHODS[task])
@@ -135,7 +135,7 @@ def plan(
     return planned
 
 
-def _anywhere(values: Mapping[str, Any]) -> dict[str, Any]:
+def anywhere(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same with whole paths, so that a ladder can be gone on with from any folder."""
     paths = {
         key: str(Path(value).absolute())

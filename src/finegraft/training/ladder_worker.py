@@ -1,31 +1,34 @@
-"""The process that climbs one rung, watched from outside.
+"""The process that trains one run of several, watched from outside.
 
-What: ``work`` starts ``training.rung``, passes its events on, and returns what it wrote; ``Clock``
-says how long the whole ladder will take. How: events are read from the run's ``events.jsonl``, the
-only truth about progress; the process has a session of its own, and signals are handed to it one
-by one. Constraint: the first Ctrl-C lets the step finish and be saved, the second ends training at
-once, the third ends the process. Trade-off: events arrive up to half a second late.
+What: ``work`` starts ``training.rung`` or a module like it, passes its events on, and returns what
+it wrote; ``Clock`` says how long the whole ladder will take. How: events are read from the run's
+``events.jsonl``, the only truth about progress; the process has a session of its own, and signals
+are handed to it one by one. Constraint: the first Ctrl-C lets the step finish and be saved, the
+second ends training at once, the third ends the process. Trade-off: events arrive up to half a
+second late.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finegraft.core.errors import ModelError
+from finegraft.core.errors import FinegraftError, ModelError
 from finegraft.core.paths import storage_error
 from finegraft.training.events import Listener
 from finegraft.training.rung import STATUS_INTERRUPTED
 
 _LOOK_SECONDS = 0.5
+RUNG = "finegraft.training.rung"
 
 
 class Clock:
@@ -66,10 +69,26 @@ class Clock:
         return round(now + mean * (self.rungs - self.number), 1)
 
 
+def _broke_off(words: str, log: Path) -> FinegraftError:
+    return ModelError(
+        "FG-LADDER-008",
+        f"training broke off: {words}",
+        fix=f"see {log}; a smaller --per-device-train-batch-size takes less memory",
+    )
+
+
 def work(
-    settings: Path, target: Path, how: str, events: Path, listener: Listener
+    settings: Path,
+    target: Path,
+    how: str,
+    events: Path,
+    listener: Listener,
+    *,
+    module: str = RUNG,
+    stop: Callable[[], bool] | None = None,
+    broke_off: Callable[[str, Path], FinegraftError] = _broke_off,
 ) -> dict[str, Any]:
-    """Climb one rung in a process of its own.
+    """Train one run in a process of its own.
 
     Args:
         settings: Its configuration.
@@ -77,29 +96,22 @@ def work(
         how: As in ``rung.climb``.
         events: Where the run writes its events; only those to come are passed on.
         listener: Called with every event.
+        module: What the process runs, see ``rung.main``.
+        stop: Asked twice a second; once it says yes the run is saved and ends.
+        broke_off: Makes the error of a process that ended without a result, from what is known of
+            it and the place of its log.
 
     Returns:
-        The result, or ``{"error": ...}``.
+        The result, ``{"stopped": True}`` where ``stop`` ended it, or ``{"error": ...}``.
 
     Raises:
         KeyboardInterrupt: The process was stopped.
         StorageError: FG-DISK-001 to FG-DISK-003, its log cannot be written.
     """
     log = settings.with_suffix(".log")
-    words = [sys.executable, "-m", "finegraft.training.rung", str(settings), str(target), how]
-    tail = _Tail(events)
-    try:
-        out = open(log, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise storage_error(error, log) from error
-    with out:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    words = [sys.executable, "-m", module, str(settings), str(target), how, str(os.getpid())]
+    tail, stopped = _Tail(events), False
+    process = _start(words, log)
     try:
         with _handing_on_signals(process, listener):
             while process.poll() is None:
@@ -107,6 +119,9 @@ def work(
                     process.wait(_LOOK_SECONDS)
                 for event in tail.read():
                     listener(event)
+                if stop and not stopped and stop() and process.poll() is None:
+                    stopped = True
+                    process.send_signal(signal.SIGINT)
         for event in tail.read():  # of a process that ended before it was looked at
             listener(event)
     finally:
@@ -116,8 +131,26 @@ def work(
     if target.is_file():
         return dict(json.loads(target.read_text(encoding="utf-8")))
     if process.returncode == STATUS_INTERRUPTED or process.returncode == -signal.SIGTERM:
+        if stopped:
+            return {"stopped": True}
         raise KeyboardInterrupt
-    return {"error": crash(process.returncode, log)}
+    return {"error": broke_off(last_words(process.returncode, log), log).as_dict()}
+
+
+def _start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start the process; what it prints goes to ``log``."""
+    try:
+        out = open(log, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise storage_error(error, log) from error
+    with out:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 class _Tail:
@@ -168,7 +201,7 @@ def _handing_on_signals(process: subprocess.Popen[Any], listener: Listener) -> I
         raise KeyboardInterrupt
 
 
-def crash(status: int, log: Path) -> dict[str, Any]:
+def last_words(status: int, log: Path) -> str:
     """What is known of a process that ended without a result."""
     lines = [s.strip() for s in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     last = next((line for line in reversed(lines) if line), "nothing was said")
@@ -177,8 +210,4 @@ def crash(status: int, log: Path) -> dict[str, Any]:
         last = f"the process was ended by {name}"
         if name == "SIGKILL":
             last += ", as happens when memory ends"
-    return ModelError(
-        "FG-LADDER-008",
-        f"training broke off: {last}",
-        fix=f"see {log}; a smaller --per-device-train-batch-size takes less memory",
-    ).as_dict()
+    return last

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finegraft.core.memory import available_bytes
 from finegraft.models import swap
+from finegraft.training.distributed import world
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that a step could take on this device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return available_bytes()
+    return available_bytes() // world.here().local_size
 
 
 def kept_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
@@ -100,6 +101,11 @@ def plan(model: nn.Module, batch: Mapping[str, Any], largest: int) -> Plan | Non
     saved = a_layer - 2 * largest * config.hidden_size * core.dtype.itemsize
     recomputed = 0 if missing <= 0 else min(depth, -(-(missing + a_layer) // max(saved, 1)))
     return Plan(depth, recomputed, a_layer, free)
+
+
+def agreed(chosen: Plan) -> Plan:
+    """The same choice in every process: that of the one with the least memory."""
+    return max(world.gathered(chosen), key=lambda plan: plan.recomputed)
 
 
 def apply(model: nn.Module, chosen: Plan) -> None:

@@ -27,6 +27,7 @@ import torch
 from finegraft.core.errors import FinegraftError, StorageError
 from finegraft.core.hardware import facts
 from finegraft.core.schema import TrainConfig
+from finegraft.training.distributed import world
 from finegraft.training.events import EventLog
 from finegraft.training.report import page
 
@@ -140,7 +141,9 @@ def _row_digest(ids: Any, labels: Any) -> bytes:
 
 
 def add_digests(record: dict[str, Any], data: Any) -> None:
-    """Put the digests of checked rows into what becomes ``data.json``."""
+    """Put the digests of checked rows into what becomes ``data.json``; of streamed ones none."""
+    if record.get("streamed"):
+        return
     for key, name in (("train", "train"), ("held_out", "held_out")):
         found = digests(getattr(data, name, None))
         if found:
@@ -169,6 +172,9 @@ class Endings:
                 page.write(self.run)
 
     def _tell(self, kind: Any, error: BaseException) -> None:
+        if world.here().several and world.is_lost(error):
+            self.log.emit("notice", message="the connection to another process was lost")
+            return
         if isinstance(error, KeyboardInterrupt):
             self.log.emit("stopped", message="stopped at once, without saving this step")
             return

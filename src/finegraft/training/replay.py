@@ -37,7 +37,7 @@ _PARTS = {  # files of a checkpoint by what they hold; weights are whatever safe
     "random state": "rng_state*.pth",
     "scaler": "scaler.pt",
 }
-_COUNTERS = ("step", "tokens", "sums")
+_COUNTERS = ("step", "tokens", "sums", "stream")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,21 @@ from finegraft.core.errors import ConfigError
 from finegraft.core.paths import require_writable, whole_folder, write_whole
 from finegraft.core.schema import TrainConfig, foreign
 from finegraft.data.sources import absolute
-from finegraft.training import checkpoint, manifest, plot, record, same, stepdown, trackers
-from finegraft.training.events import EventLog, Listener, RunCallback, peak_memory_bytes
+from finegraft.training import (
+    checkpoint,
+    manifest,
+    plot,
+    record,
+    same,
+    stepdown,
+    stream_check,
+    trackers,
+)
+from finegraft.training.distributed import sharding, world
+from finegraft.training.events import EventLog, Listener, RunCallback, Silent, peak_memory_bytes
 from finegraft.training.plan.forecast import forecast_event
 from finegraft.training.report import before_after, page
+from finegraft.training.stream import Stream
 from finegraft.training.tasks import TASKS
 from finegraft.training.tasks._contract import Checked, quantization, settings
 from finegraft.training.watch import WatchCallback
@@ -65,14 +76,21 @@ class RunResult:
 
 
 def train(
-    config: TrainConfig, *, listener: Listener | None = None, resume: bool = False
+    config: TrainConfig,
+    *,
+    listener: Listener | None = None,
+    resume: bool = False,
+    notes: Sequence[str] = (),
 ) -> RunResult:
     """Run a configuration to its end, or to an interrupt.
+
+    Of several processes each calls this; the first one alone writes, and tells its listener.
 
     Args:
         config: The whole configuration.
         listener: Called with every event that goes to ``events.jsonl``.
         resume: Go on from the newest checkpoint of the run folder.
+        notes: Told first, as notices.
 
     Raises:
         FinegraftError: of the part that found the problem; nothing half-written is left.
@@ -80,42 +98,102 @@ def train(
     require_own_keys(config)
     settings(config)  # a method that is not there is told before rows are read
     quantization(config)
+    config = stream_check.resolved(config)
     trackers.require(config.report_to)
-    run = Path(config.output)
-    log = EventLog(listener)
+    world.require_as_configured(config)
+    sharding.require_possible(config)
+    _require_at_hand(config)
+    run, main = Path(config.output), world.here().main
+    log = EventLog(listener) if main else Silent()
+    for words in notes:
+        log.emit("notice", message=words)
+    made = _prepared_folder(run, config, resume) if main else []
+    resume = world.share(resume)
+    with alone(run) if main else contextlib.nullcontext():
+        with _removed_on_error(made):
+            newest = world.share(_going_on(run, config, log) if resume and main else None)
+            world.require_seen(newest)
+            saved = manifest.read(newest) or {} if newest else {}
+            log.emit("run", **record.about(config))
+            data = _checked(config, log, resume)
+            log.emit("phase", name="loading model")
+            trainer = _built(config, data)
+            base = opening.sample(trainer.model)
+            log.emit("base", **base)
+            same.require_same_base(saved.get("base", {}), base, config.model)
+            trainer.record = same.record(config, data.record, base)
+            rows = data.record.get("digests")
+            world.require_alike({"settings": _alike(config), "rows": rows, "base weights": base})
+            if not resume and main:
+                _fill(run, config, data)
+            log.open(run / "events.jsonl")
+            world.wait()
+        return _train(config, trainer, data.tokenizer, log, newest)
+
+
+def _require_at_hand(config: TrainConfig) -> None:
+    """Raises ConfigError FG-DIST-014: several processes share out rows that are known before."""
+    if world.here().several and config.task == "causal" and stream_check.wanted(config):
+        raise ConfigError(
+            "FG-DIST-014",
+            "rows that are read while training, with several processes",
+            allowed="rows that are read before training, which are shared out evenly",
+            fix="--streaming false, or --nproc 1",
+        )
+
+
+def _prepared_folder(run: Path, config: TrainConfig, resume: bool) -> list[Path]:
+    """Prove that the run may be written where it is to be; return the folders that this makes."""
     if resume:
         _require_run(run)
     else:
         _require_free(run, config.overwrite)
     made = [path for path in (run, *run.parents) if not path.exists()]
     require_writable(run)
-    with alone(run):
-        with _removed_on_error(made):
-            newest = _going_on(run, config, log) if resume else None
-            saved = manifest.read(newest) or {} if newest else {}
-            log.emit("run", **record.about(config))
-            log.emit("phase", name="checking data")
-            task = TASKS.get(config.task)
-            data = task.check(config, log)
-            same.note_files(config, data.record)
-            record.add_digests(data.record, data)
-            if resume:
-                same.require_same_rows(run, config, data.record, data)
-            if (told := forecast_event(config, data)) is not None:
-                log.emit("forecast", **told)
-            log.emit("phase", name="loading model")
-            trainer = task.build(config, data)
-            for noisy in (PrinterCallback, ProgressCallback):
-                trainer.remove_callback(noisy)
-            trackers.place(trainer, run)
-            base = opening.sample(trainer.model)
-            log.emit("base", **base)
-            same.require_same_base(saved.get("base", {}), base, config.model)
-            trainer.record = same.record(config, data.record, base)
-            if not resume:
-                _fill(run, config, data)
-            log.open(run / "events.jsonl")
-        return _train(config, trainer, data.tokenizer, log, newest)
+    return made
+
+
+def _checked(config: TrainConfig, log: EventLog, resume: bool) -> Any:
+    """Check the rows, and tell what they will take; of several processes, the first one tells."""
+    main = world.here().main
+    log.emit("phase", name="checking data")
+    data = TASKS.get(config.task).check(config if main else _unchecked(config), log)
+    same.note_files(config, data.record)
+    record.add_digests(data.record, data)
+    if resume and main:
+        same.require_same_rows(Path(config.output), config, data.record, data)
+    told = forecast_event(_of_all(config), data) if main else None
+    if told is not None:
+        log.emit("forecast", **told)
+    return data
+
+
+def _built(config: TrainConfig, data: Any) -> Any:
+    """The trainer of a run, which tells its folder and nobody else."""
+    trainer = TASKS.get(config.task).build(config, data)
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    trackers.place(trainer, Path(config.output))
+    trainer.sharding = config.sharding
+    return trainer
+
+
+def _unchecked(config: TrainConfig) -> TrainConfig:
+    """The same for a process whose rows another one looks at."""
+    return config.model_copy(update={"data_check": False})
+
+
+def _of_all(config: TrainConfig) -> TrainConfig:
+    """What all processes do together, as one process would; for forecasts."""
+    processes = config.nproc * config.nnodes
+    micro = config.gradient_accumulation_steps * processes
+    return config.model_copy(update={"gradient_accumulation_steps": micro})
+
+
+def _alike(config: TrainConfig) -> dict[str, Any]:
+    """What every machine must have been told; where files lie may differ."""
+    places = {"output", "model", "data", "eval_data", "overwrite"}
+    return config.model_dump(mode="json", exclude=places)
 
 
 def require_own_keys(config: TrainConfig) -> None:
@@ -211,10 +289,10 @@ def _fill(run: Path, config: TrainConfig, data: Checked) -> None:
         shutil.rmtree(run / old, ignore_errors=True)
     (run / "events.jsonl").unlink(missing_ok=True)
     write_whole(run / "data.json", json.dumps(data.record, indent=2) + "\n")
-    write_whole(run / "config.yaml", _anywhere(config).to_yaml())
+    write_whole(run / "config.yaml", anywhere(config).to_yaml())
 
 
-def _anywhere(config: TrainConfig) -> TrainConfig:
+def anywhere(config: TrainConfig) -> TrainConfig:
     """The configuration with whole paths, so that resuming works from any folder."""
     paths = {
         name: str(Path(value).absolute())
@@ -234,13 +312,19 @@ def _stopping(callback: RunCallback, log: EventLog) -> Iterator[None]:
         yield
         return
 
+    asked: list[int] = []
+
     def handle(number: int, frame: Any) -> None:
-        if callback.stop:
+        if asked or callback.stop:
             raise KeyboardInterrupt
+        asked.append(number)
         callback.stop = True
         log.emit("notice", message="finishing this step, then saving; Ctrl-C again stops at once")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT]
+    if not world.here().several:  # there SIGTERM ends those whose group has lost a member
+        numbers.append(signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -251,18 +335,20 @@ def _stopping(callback: RunCallback, log: EventLog) -> Iterator[None]:
 def _train(
     config: TrainConfig, trainer: Any, tokenizer: Any, log: EventLog, newest: Path | None
 ) -> RunResult:
-    run = Path(config.output)
+    run, place = Path(config.output), world.here()
     callback = RunCallback(log, trainer)
     trainer.add_callback(callback)
     trainer.add_callback(WatchCallback(log, trainer, config))
     log.emit("phase", name="training")
     started = time.monotonic()
     with (
-        record.Endings(log, run),
+        record.Endings(log, run) if place.main else contextlib.nullcontext(),
         _stopping(callback, log),
         checkpoint.full_disk_named(run),
     ):
         stepdown.train(trainer, newest, log.emit, _changing(config, trainer))
+        if isinstance(trainer.train_dataset, Stream):
+            log.emit("notice", message=trainer.train_dataset.summary())
         state = trainer.state
         interrupted = callback.stop and state.global_step < state.max_steps
         adapter, metrics = None, None
@@ -274,9 +360,10 @@ def _train(
             adapter = _save(config, trainer, run)
             metrics = _measure(trainer, run)
         seconds = time.monotonic() - started
-        if not interrupted:
+        if not interrupted and place.main:
             before_after.measure(config, trainer, tokenizer, log, seconds, lambda: callback.stop)
-        plot.loss_curve(run / "events.jsonl", run / "report" / "loss.png")
+        if place.main:
+            plot.loss_curve(run / "events.jsonl", run / "report" / "loss.png")
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     result = RunResult(
@@ -304,7 +391,8 @@ def _train(
             peak_memory_bytes=peak_memory_bytes(),
             **({"metrics": metrics} if metrics else {}),
         )
-    page.write(run)
+    if place.main:
+        page.write(run)
     return result
 
 
@@ -314,7 +402,7 @@ def _changing(config: TrainConfig, trainer: Any) -> Callable[..., None]:
 
     def changed(**new: Any) -> None:
         values.update(new)
-        now = _anywhere(config.model_copy(update=values))
+        now = anywhere(config.model_copy(update=values))
         write_whole(Path(config.output) / "config.yaml", now.to_yaml())
         trainer.record = {**trainer.record, "config": now.model_dump(mode="json")}
 
@@ -324,8 +412,8 @@ def _changing(config: TrainConfig, trainer: Any) -> Callable[..., None]:
 def _measure(trainer: Any, run: Path) -> dict[str, Any] | None:
     """Measures of what was saved, kept in ``report/metrics.json``; None where a task has none."""
     measured = trainer.measure() if hasattr(trainer, "measure") else None
-    if not measured:
-        return None
+    if not measured or not world.here().main:
+        return measured or None
     (run / "report").mkdir(exist_ok=True)
     write_whole(run / "report" / "metrics.json", json.dumps(measured, indent=2) + "\n")
     return measured
@@ -334,6 +422,9 @@ def _measure(trainer: Any, run: Path) -> dict[str, Any] | None:
 def _save(config: TrainConfig, trainer: Any, run: Path) -> Path:
     """Write ``adapter/`` (or ``model/`` after full fine-tuning), complete or not at all."""
     final = run / ("model" if config.trains_all else "adapter")
+    if not world.here().main:
+        trainer.save_model(str(final))  # writes nothing; split weights are put together by all
+        return final
     with checkpoint.full_disk_named(final), whole_folder(final) as folder:
         trainer.save_model(str(folder))
     return final

@@ -1,10 +1,10 @@
 """One rung of a ladder, in a process of its own.
 
-What: ``python -m finegraft.training.rung SETTINGS.yaml RESULT.json base|new|resume`` trains one
-configuration with ``run.train`` (``base``: nothing is trained), measures it on the held-out rows
-and writes what came out. How: the rows are checked once more after training, which gives every rung
-the same held-out rows. Constraint: a fresh process, so that peak memory is this rung's alone; no
-result is written when training was interrupted. Trade-off: libraries are imported for each rung
+What: ``python -m finegraft.training.rung SETTINGS.yaml RESULT.json base|new|resume [PID]`` trains
+one configuration with ``run.train`` (``base``: nothing is trained), measures it on the held-out
+rows and writes what came out. How: the rows are checked once more after training, which gives every
+rung the same held-out rows. Constraint: a fresh process, so that peak memory is this rung's alone;
+no result is written when training was interrupted. Trade-off: libraries are imported for each rung
 anew, about 6 s.
 
 Shapes: n held-out rows, c labels.
@@ -73,12 +73,13 @@ def bootstrap(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, f
     return float(low), float(high)
 
 
-def climb(config: TrainConfig, how: str) -> Result | None:
+def climb(config: TrainConfig, how: str, orphan: Orphan) -> Result | None:
     """Train and measure one configuration.
 
     Args:
         config: Of the run; with ``base`` its method is not attached.
         how: ``base``, ``new`` or ``resume``.
+        orphan: Ends it when nobody waits for it any more.
 
     Returns:
         What ``ladder`` keeps of a rung, ``rows`` with what each held-out row adds to the quality;
@@ -93,7 +94,7 @@ def climb(config: TrainConfig, how: str) -> Result | None:
         model, trained = _untrained(config, data), {"seconds": 0.0, "steps": 0, "adapter_bytes": 0}
         trainable, every = 0, sum(p.numel() for p in model.parameters())
     else:
-        result = run.train(config, listener=_Orphan(), resume=how == "resume")
+        result = run.train(config, listener=orphan, resume=how == "resume")
         if result.interrupted:
             return None
         data, model = task.check(config, EventLog()), result.model
@@ -113,14 +114,25 @@ def climb(config: TrainConfig, how: str) -> Result | None:
     }
 
 
-class _Orphan:
-    """Ends the run, saved, when the process that started this one is gone."""
+class Orphan:
+    """Ends the run, saved if it has trained, when the process that started this one is gone.
 
-    def __init__(self) -> None:
-        self.parent = os.getppid()
+    Args:
+        parent: Number of that process; None: the one that is there now.
+    """
+
+    def __init__(self, parent: int | None = None) -> None:
+        self.parent = os.getppid() if parent is None else parent
+        self.training = False
 
     def __call__(self, event: dict[str, Any]) -> None:
-        if os.getppid() != self.parent and event["type"] == "step":
+        """Look for the parent at every event."""
+        self.training = self.training or event["type"] == "start"
+        if os.getppid() == self.parent:
+            return
+        if not self.training:
+            raise KeyboardInterrupt
+        if event["type"] == "step":
             self.parent = os.getppid()
             signal.raise_signal(signal.SIGTERM)
 
@@ -255,12 +267,19 @@ MEASURES: dict[str, Callable[[TrainConfig, Any, Any], Result]] = {
 }
 
 
-def main(words: Sequence[str]) -> int:
-    """Do what the command line says and return the exit status."""
-    settings, target, how = words
+def main(
+    words: Sequence[str], do: Callable[[TrainConfig, str, Orphan], Result | None] = climb
+) -> int:
+    """Do what the command line says and return the exit status.
+
+    Args:
+        words: Settings, result, how, and the number of the process that waits for it.
+        do: What is done; None of it means that it was interrupted.
+    """
+    settings, target, how, *parent = words
     keep_freed_memory()
     try:
-        result = climb(from_file(settings), how)
+        result = do(from_file(settings), how, Orphan(int(parent[0]) if parent else None))
     except FinegraftError as error:
         result = {"error": error.as_dict()}
     except KeyboardInterrupt:

@@ -34,10 +34,11 @@ FREE = (
     "stop_on_nan",
     "per_device_eval_batch_size",
     "gradient_checkpointing",
+    "sharding",
 )
 LENGTH = ("num_train_epochs", "max_steps")
 # Free together while their product stays: as many rows a step, in other portions.
-PORTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+PORTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps", "nproc", "nnodes")
 _BY_CONTENT = ("model", "data", "eval_data")
 _OF_THIS_CALL = ("output", "overwrite")
 _NO_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that ignore it
@@ -128,7 +129,9 @@ def require_same_config(saved: dict[str, Any], config: TrainConfig, step: int) -
     """
     changed = config_changes(saved, config)
     short = 0 < config.max_steps < step
-    free = (*FREE, *LENGTH, *(PORTIONS if _as_many_rows(changed, config) else ()))
+    free = [*FREE, *LENGTH, *(PORTIONS if _as_many_rows(changed, config) else ())]
+    if config.trains_all and config.sharding != "none":  # no process holds the optimizer to split
+        free.remove("sharding")
     wrong = [c for c in changed if c[0] not in free or (c[0] == "max_steps" and short)]
     if wrong:
         told = ", ".join(f"{name}: {_shown(old)} -> {_shown(new)}" for name, old, new in wrong)

@@ -32,6 +32,7 @@ from finegraft.training import checkpoint, heads, memory
 from finegraft.training.arguments import LEGACY, SFTConfig
 from finegraft.training.collate import IGNORED, Collator
 from finegraft.training.dataset import Rendering, encode, longest_rows
+from finegraft.training.distributed.trainer import Together
 from finegraft.training.optimizer import LoraPlus
 from finegraft.training.start import padded, start_from_data
 from finegraft.training.watch import Watched
@@ -60,7 +61,7 @@ _LEGACY = {
 }
 
 
-class SFTTrainer(Watched, checkpoint.WholeCheckpoints, LoraPlus, trl.SFTTrainer):
+class SFTTrainer(Watched, checkpoint.WholeCheckpoints, Together, LoraPlus, trl.SFTTrainer):
     """Supervised fine-tuning; the arguments are trl's, of any year.
 
     Args:
@@ -81,6 +82,7 @@ class SFTTrainer(Watched, checkpoint.WholeCheckpoints, LoraPlus, trl.SFTTrainer)
     """
 
     _tag_names = ("finegraft", "sft")
+    fills_up_evaluation = True
 
     def __init__(
         self,
@@ -153,7 +155,7 @@ class SFTTrainer(Watched, checkpoint.WholeCheckpoints, LoraPlus, trl.SFTTrainer)
         with torch.random.fork_rng():
             chosen = memory.plan(self.model, {**batch, "use_cache": False}, sum(longest))
         if chosen is not None:
-            memory.apply(self.model, chosen)
+            memory.apply(self.model, memory.agreed(chosen))
 
     def _encode_eval(self, dataset: Any) -> Any:
         if isinstance(dataset, dict):
@@ -185,17 +187,22 @@ class SFTTrainer(Watched, checkpoint.WholeCheckpoints, LoraPlus, trl.SFTTrainer)
         Args:
             num_items_in_batch: Labelled tokens of all micro-batches (and ranks) of the step.
         """
-        if self.model.training:
+        if self.model.training and self.args.world_size == 1:
             self.tokens_seen += _real_tokens(inputs)
         extra = {"loss_only": not return_outputs} if self.fast_loss else {}
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch, **extra)
         loss = outputs.loss
         if not self.model.training:
             labelled = (inputs["labels"][..., 1:] != IGNORED).sum()
-            self._evaluated += torch.stack([loss.detach().double() * labelled, labelled.double()])
+            weighed = torch.where(labelled > 0, loss.detach().double() * labelled, 0.0)
+            self._evaluated += torch.stack([weighed, labelled.double()])
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over the ranks
         return (loss, outputs) if return_outputs else loss
+
+    def real_tokens(self, inputs: dict[str, Any]) -> int:
+        """Tokens of the rows of a batch, a shared beginning counted for each of them."""
+        return _real_tokens(inputs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loop, with a loss that weighs tokens alike whatever the batch size."""
@@ -208,6 +215,8 @@ class SFTTrainer(Watched, checkpoint.WholeCheckpoints, LoraPlus, trl.SFTTrainer)
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return  # another process does
         output_dir = output_dir or self.args.output_dir
         with checkpoint.full_disk_named(Path(output_dir)):
             super()._save(output_dir, state_dict)

@@ -46,7 +46,7 @@ _SMALL_VOCABULARY = 512
 _SAMPLE_TOKENS = 512
 # Kept for backward by a layer with LoRA on all linears, in values per token and unit of width; for
 # models whose layers cannot be built here.
-_USUAL_KEPT = 17.0
+USUAL_KEPT = 17.0
 LIBRARY_ERRORS = (
     RuntimeError,
     ValueError,
@@ -145,7 +145,7 @@ def anatomy(config: TrainConfig, data: Any, sample: list[dict[str, Any]]) -> Ana
         parameters=sum(p.numel() for p in every),
         weight_bytes=sum(p.numel() * p.itemsize for p in every)
         - quantized * itemsize
-        + int(quantized * _quantized_bytes(config)),
+        + int(quantized * quantized_bytes(config)),
         stacked_bytes=int(kept.stacked * itemsize * text.num_hidden_layers) if mapped else 0,
         trained=sum(p.numel() for p in trained),
         trained_bytes=sum(p.numel() * p.itemsize for p in trained),
@@ -224,7 +224,7 @@ def _quantizable(model: nn.Module) -> int:
     )
 
 
-def _quantized_bytes(config: TrainConfig) -> float:
+def quantized_bytes(config: TrainConfig) -> float:
     """Bytes of a quantised value, its scales included."""
     if config.load_in_8bit:
         return 1.0
@@ -259,7 +259,7 @@ def _kept(
     except (*LIBRARY_ERRORS, AdapterError) as error:
         logger.info("no layer of this model can be tried alone (%s): taking usual figures", error)
         text = model_config.get_text_config()
-        usual = _USUAL_KEPT * text.hidden_size * dtype.itemsize
+        usual = USUAL_KEPT * text.hidden_size * dtype.itemsize
         return _Kept(usual, 0.0, False, 0.0, False)
     tokens = _tokens(batch, flat)
     layer = max(0, two - one) / tokens

@@ -57,6 +57,8 @@ class Budget:
 
 def budget(config: TrainConfig, trainer: Any, training_seconds: float) -> Budget:
     """What a run's settings, model and length allow."""
+    if config.sharding != "none":
+        return Budget(0, None, "no process holds the whole model (sharding)")
     if config.report_rows == 0:
         return Budget(0, None, "report_rows is 0")
     if config.trains_all:

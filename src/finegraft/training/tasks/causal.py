@@ -22,11 +22,12 @@ from finegraft.data.prepare import Prepared, prepare
 from finegraft.data.sources import describe, fingerprint
 from finegraft.models import tokens
 from finegraft.models.locate import Located, locate
-from finegraft.training import data_check
+from finegraft.training import data_check, stream_check
 from finegraft.training.arguments import SFTConfig
 from finegraft.training.dataset import Rendering, columns
 from finegraft.training.events import EventLog
 from finegraft.training.sft import SFTTrainer, require_packable
+from finegraft.training.stream import Stream
 from finegraft.training.tasks._contract import (
     Task,
     adapted,
@@ -45,6 +46,7 @@ class _Data:
     record: dict[str, Any]
     tokenizer: Any
     added: tokens.Added | None
+    stream: Stream | None = None  # then ``train`` is a sample of it
 
 
 def sides(config: TrainConfig) -> tuple[str, Corpus, Corpus]:
@@ -73,12 +75,11 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
     """
     if config.packing:
         require_packable(adapters.find(config.method)[0])
+    if stream_check.wanted(config):
+        return _check_stream(config, log)
     name, train, held = sides(config)
     looked = data_check.look(config, len(train.conversations))
-    tokenizer = _open_tokenizer(config)
-    added = None
-    if config.new_tokens:  # not special: answers are shown without special tokens
-        added = tokens.extend(tokenizer, config.new_tokens, special_tokens=False)
+    tokenizer, added = _extended_tokenizer(config)
     settings = {"max_length": config.max_length, "completion_only": config.completion_only_loss}
     prepared, held_out = (
         prepare(side.conversations, tokenizer, tools=side.tools, names=side.origins, **settings)
@@ -98,6 +99,22 @@ def check(config: TrainConfig, log: EventLog) -> _Data:
     warnings = [*prepared.warnings, *looked.lines]
     log.emit("data", format=name, warnings=warnings, **asdict(prepared.counts))
     return _Data(prepared, held_out, record, tokenizer, added)
+
+
+def _check_stream(config: TrainConfig, log: EventLog) -> _Data:
+    """The same for rows that are read while training: a sample of them is looked at."""
+    tokenizer, added = _extended_tokenizer(config)
+    found = stream_check.check(config, tokenizer, log)
+    return _Data(found.sample, found.held_out, found.record, tokenizer, added, found.stream)
+
+
+def _extended_tokenizer(config: TrainConfig) -> tuple[Any, tokens.Added | None]:
+    """The tokenizer with the configured new tokens."""
+    tokenizer = _open_tokenizer(config)
+    added = None
+    if config.new_tokens:  # not special: answers are shown without special tokens
+        added = tokens.extend(tokenizer, config.new_tokens, special_tokens=False)
+    return tokenizer, added
 
 
 def _open_tokenizer(config: TrainConfig) -> Any:
@@ -134,7 +151,7 @@ def build(config: TrainConfig, data: _Data) -> SFTTrainer:
     return SFTTrainer(
         model=model,
         args=_arguments(config, has_eval=data.held_out is not None),
-        train_dataset=_dataset(data.train, how),
+        train_dataset=data.stream or _dataset(data.train, how),
         eval_dataset=_dataset(data.held_out, how) if data.held_out else None,
         processing_class=data.tokenizer,
     )
