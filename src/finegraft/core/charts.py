@@ -196,7 +196,7 @@ def dots(
             _TOP + plot_h * (y1 - scale(y)) / (y1 - y0),
         )
 
-    best = min(kept, key=_second)
+    best = min(kept, key=lambda point: point[1])
     lowest = {x: min(y for other, y, _ in kept if other == x) for x in places}
     ordered = places if named else sorted(places, key=lambda x: at[x])
     path = " ".join("{:.1f},{:.1f}".format(*spot(x, lowest[x])) for x in ordered)

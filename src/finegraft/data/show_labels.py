@@ -95,21 +95,18 @@ def _labelled(
 ) -> Labelled:
     row = [at.row]
     if task == "token_classification":
-        which = marked.columns(row, given.get("text"), given.get("label"))
-        found = marked.read(row, which, told)
+        marks = marked.columns(row, given.get("text"), given.get("label"))
+        found = marked.read(row, marks, told)
         spans = [f"{found.texts[0][s.start : s.end]!r} {s.label}" for s in found.labels[0]]
-        said, pair = ", ".join(spans) or "no span", None
+        layout, said = f"{marks.text} -> {marks.label}", ", ".join(spans) or "no span"
     else:
-        names = labels.columns(row, **given)
-        found = labels.read(row, names, told)
+        which = labels.columns(row, **given)
+        found = labels.read(row, which, told)
         value = found.labels[0]
         said = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        pair = found.pairs[0] if found.pairs else None
-        which = names
-    texts = " + ".join(filter(None, (which.text, getattr(which, "pair", None))))
-    return Labelled(
-        place, at.source, at.number, f"{texts} -> {which.label}", found.texts[0], pair, said
-    )
+        layout = " + ".join(filter(None, (which.text, which.pair))) + f" -> {which.label}"
+    pair = found.pairs[0] if found.pairs else None
+    return Labelled(place, at.source, at.number, layout, found.texts[0], pair, said)
 
 
 def shown(row: Labelled, tokenizer: PreTrainedTokenizerBase) -> show.Shown:
