@@ -92,9 +92,10 @@ class _Shape:
             return [out]
         if quantized:
             return [w if _state(w) is w else nf4.dense(w, dtype=dtype) for w in self.weights]
-        at = first.data_ptr()
-        for weight in self.weights:
-            if weight.data_ptr() != at or not weight.is_contiguous():
+        at, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+        for weight in self.weights:  # separate allocations may lie behind one another by chance
+            one = weight.untyped_storage().data_ptr() == storage
+            if weight.data_ptr() != at or not one or not weight.is_contiguous():
                 return self.weights
             at += weight.numel() * weight.element_size()
         return [first.as_strided((sum(self.widths), first.shape[1]), (first.shape[1], 1))]
