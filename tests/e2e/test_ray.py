@@ -98,12 +98,12 @@ def worker_of(events):
     return [e["process"]["pid"] for e in lines(events) if e["type"] == "run"][-1]
 
 
-def same_adapter(one, other):
+def same_adapter(one, other, atol=0.0):
     first, second = (
         load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other)
     )
     assert first.keys() == second.keys()
-    assert all(first[name].equal(second[name]) for name in first)
+    assert all(first[name].allclose(second[name], rtol=0, atol=atol) for name in first)
 
 
 def test_a_ray_job_is_the_run_without_ray(place):
@@ -219,7 +219,8 @@ def test_two_workers_are_the_two_processes_of_a_launch(place):
     assert plain.returncode == ray.returncode == 0, ray.stderr
     assert json.loads(ray.stdout)["loss"] == json.loads(plain.stdout)["loss"]
     assert losses(place / "ray" / "events.jsonl") == losses(place / "plain" / "events.jsonl")
-    same_adapter(place / "ray", place / "plain")
+    # another process group: sums of gradients may differ in the last bits
+    same_adapter(place / "ray", place / "plain", atol=1e-6)
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_the_saved_configuration_reads_from_any_folder(
 ) -> None:
     config = build({"model": "demo", "data": ["a.jsonl=2", B], "eval_data": "a.jsonl"})
     before = asked(mix.read(config.data))
-    (files / "config.yaml").write_text(run._anywhere(config).to_yaml())
+    (files / "config.yaml").write_text(run.anywhere(config).to_yaml())
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     saved = from_file(files / "config.yaml")
     assert asked(mix.read(saved.data)) == before

@@ -261,8 +261,12 @@ def test_rows_are_sent_listed_and_looked_at(page):
     short = page("GET", f"/api/data/look?path={sample['path']}&n=1&max_length=20").json
     assert short["rows"][0]["cut"] > 0
     labels = page("GET", "/api/data/look?path=data/mine.csv").json
-    assert labels["format"] is None and labels["error"]["code"].startswith("FG-DATA")
-    assert labels["rows"][0]["spans"][0]["text"] == "text: fine\nlabel: good"
+    assert labels["format"] == "text -> label" and labels["error"] is None
+    assert labels["rows"][0]["spans"][-1] == {"text": "\ngood", "state": "trained"}
+    page("PUT", "/api/data/odd.csv", raw=b"a,b\nfine,good\nawful,bad\n")
+    odd = page("GET", "/api/data/look?path=data/odd.csv").json
+    assert odd["format"] is None and odd["error"]["code"].startswith("FG-DATA")
+    assert odd["rows"][0]["spans"][0]["text"] == "a: fine\nb: good"
     missing = page("GET", "/api/data/look?path=data/none.jsonl")
     assert (missing.status, missing.json["error"]["code"]) == (404, "FG-DATA-001")
 

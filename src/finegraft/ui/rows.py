@@ -80,11 +80,16 @@ class Looks:
     def _rendered(
         self, data: str, model: str, first: int, count: int, longest: int
     ) -> tuple[list[dict[str, Any]], str]:
-        from finegraft.data import show
+        from finegraft.data import show, show_labels
 
+        task = show_labels.task_of(data)
         with self._lock:
-            picked = show.rows(data, None, first=first + 1, count=count)
             tokenizer = self._tokenizer(model)
+            if task != "causal":
+                texts = show_labels.rows(data, None, task=task, first=first + 1, count=count)
+                told = [_labelled(row, show_labels.shown(row, tokenizer)) for row in texts]
+                return told, texts[0].format
+            picked = show.rows(data, None, first=first + 1, count=count)
             shown = [(row, show.shown(row, tokenizer, max_length=longest)) for row in picked]
         return [_told(row, its) for row, its in shown], picked[0].format
 
@@ -120,6 +125,13 @@ def _told(row: Any, its: Any) -> dict[str, Any]:
         "cut": its.cut,
         "dropped": its.dropped,
     }
+
+
+def _labelled(row: Any, its: Any) -> dict[str, Any]:
+    """A text with its label behind it, which is what is trained."""
+    told = _told(row, its)
+    told["spans"].append({"text": f"\n{row.label}", "state": "trained"})
+    return told
 
 
 def _as_it_is(place: int, row: dict[str, Any]) -> dict[str, Any]:
