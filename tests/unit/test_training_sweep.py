@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+import sys
 
 import pytest
 import yaml
@@ -469,9 +470,12 @@ def test_a_run_is_followed_over_a_resume():
 
 def test_the_process_is_asked_to_save_and_end(tmp_path, monkeypatch):
     script = tmp_path / "worker"
-    script.write_text(
-        f"#!/bin/sh\ntrap 'echo saved > {tmp_path}/saved; exit {rung.STATUS_INTERRUPTED}' INT\n"
-        "i=0; while [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done\n"
+    script.write_text(  # no shell: one that starts with SIGINT ignored cannot trap it
+        f"#!{sys.executable}\nimport pathlib, signal, sys, time\n"
+        "def save(number, frame):\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
+        f"    sys.exit({rung.STATUS_INTERRUPTED})\n"
+        "signal.signal(signal.SIGINT, save)\ntime.sleep(10)\n"
     )
     script.chmod(0o755)
     monkeypatch.setattr(ladder_worker.sys, "executable", str(script))
