@@ -146,6 +146,7 @@ def test_ctrl_c_saves_and_the_command_that_is_shown_goes_on(place, base):
     assert starts == [0, stopped]
 
 
+@pytest.mark.slow
 def test_a_search_stops_a_hopeless_run_and_its_process(place):
     pytest.importorskip("optuna")
     words = ["--set", "learning_rate=1e-5,3e-5,1e-2,3e-2,1e-1", "--eval-steps", 4, "--seed", 3]

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from finegraft.cli.main import app
 from finegraft.core.errors import ConfigError, DataError
+from finegraft.core.journal import read_events
 from finegraft.core.schema import TrainConfig, build, from_file
 from finegraft.data import stream
 from finegraft.training import checkpoint, replay, stream_check
@@ -339,3 +340,31 @@ def test_a_url_that_gives_nothing_is_told_in_the_terminal(server, place, monkeyp
         done = CliRunner().invoke(app, [*words, url])
         assert done.exit_code == 2 and code in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and not (place / "runs").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_steps_of_one_and_go_on_with_them(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(base)
+    write(tmp_path / "rows.jsonl", rows(2600))
+    config = {**SETTINGS, "dtype": "float32", "lora_dropout": 0.0, "max_steps": 40}
+    config |= {"save_steps": 20, "per_device_train_batch_size": 64, "report_rows": 0}
+    config["gradient_accumulation_steps"] = 1
+    one = train(build({**config, "output": "one"}))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, "output": "two"}))
+
+    def finegraft(*words):
+        command = [Path(sys.executable).with_name("finegraft"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    finegraft("train", "run.yaml", "--nproc", "2", "--per-device-train-batch-size", "32")
+    losses = [
+        [e["loss"] for e in read_events(tmp_path / name / "events.jsonl") if e["type"] == "step"]
+        for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == one.steps
+    whole = killed(tmp_path / "two", 20)
+    finegraft("resume", "two")
+    file = Path("adapter") / WEIGHTS
+    assert (tmp_path / "two" / file).read_bytes() == (whole / file).read_bytes()

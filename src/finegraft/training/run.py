@@ -98,11 +98,10 @@ def train(
     require_own_keys(config)
     settings(config)  # a method that is not there is told before rows are read
     quantization(config)
-    config = stream_check.resolved(config)
     trackers.require(config.report_to)
+    config = stream_check.resolved(config)
     world.require_as_configured(config)
     sharding.require_possible(config)
-    _require_at_hand(config)
     run, main = Path(config.output), world.here().main
     log = EventLog(listener) if main else Silent()
     for words in notes:
@@ -129,17 +128,6 @@ def train(
             log.open(run / "events.jsonl")
             world.wait()
         return _train(config, trainer, data.tokenizer, log, newest)
-
-
-def _require_at_hand(config: TrainConfig) -> None:
-    """Raises ConfigError FG-DIST-014: several processes share out rows that are known before."""
-    if world.here().several and config.task == "causal" and stream_check.wanted(config):
-        raise ConfigError(
-            "FG-DIST-014",
-            "rows that are read while training, with several processes",
-            allowed="rows that are read before training, which are shared out evenly",
-            fix="--streaming false, or --nproc 1",
-        )
 
 
 def _prepared_folder(run: Path, config: TrainConfig, resume: bool) -> list[Path]:
